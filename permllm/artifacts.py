@@ -1,0 +1,128 @@
+"""Tensors and records on disk: a file that exists is complete, and says what made it.
+
+Every write goes to a temporary name in the same folder, is flushed to the disk and then renamed.
+A manifest carries the format version; reading another version is refused.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+
+
+class StaleArtifactError(ValueError):
+    """An artifact that another version of the software, or another input, made."""
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary path that becomes `path` when the body succeeds, and vanishes when it fails."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        yield partial
+        with partial.open("rb") as written:
+            os.fsync(written.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write named tensors as safetensors."""
+    with replacing(path) as partial:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial, dict(metadata or {}))
+
+
+def read_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """Read every tensor of a safetensors file.
+
+    Raises:
+        StaleArtifactError: if the file is missing or not readable.
+    """
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except Exception as error:  # safetensors raises its own class, and OSError, for a file that is not whole
+        raise StaleArtifactError(f"{path} cannot be read ({error}); run the stage that writes it again") from error
+
+
+def write_json(path: Path, record: Any) -> None:
+    """Write a record as JSON that reads well in a diff."""
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(record, indent=2) + "\n")
+
+
+def write_manifest(folder: Path, kind: str, record: Mapping[str, Any]) -> None:
+    """Write the manifest that makes `folder` a complete artifact of the given kind. Write it last."""
+    write_json(folder / MANIFEST, {"kind": kind, "format": FORMAT, **record, "versions": versions()})
+
+
+def read_manifest(folder: Path, kind: str) -> dict[str, Any]:
+    """Read the manifest of an artifact, and refuse what this version did not write.
+
+    Raises:
+        StaleArtifactError: if the folder has no manifest, or one of another kind or format version.
+    """
+    path = folder / MANIFEST
+    try:
+        record = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise StaleArtifactError(f"{folder} is not a complete {kind} artifact ({error}); run the {kind} stage again") from error
+    found = (record.get("kind"), record.get("format"))
+    if found != (kind, FORMAT):
+        raise StaleArtifactError(
+            f"{path} is a {found[0]} artifact of format {found[1]}, but this version reads {kind} artifacts of format {FORMAT}; "
+            f"run the {kind} stage again with `dvc repro --force`"
+        )
+    return record
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that decide a result."""
+    return {"permllm": version("permllm"), "torch": torch.__version__, "transformers": version("transformers"), "python": platform.python_version()}
+
+
+def fingerprint(parts: Iterable[Any]) -> str:
+    """Return a hash of records, tensors and files (given as `Path`), 16 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, Path):
+            with part.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        elif isinstance(part, Tensor):
+            digest.update(f"{part.dtype}{tuple(part.shape)}".encode())
+            digest.update(part.detach().cpu().contiguous().view(torch.uint8).numpy())
+        else:
+            digest.update(json.dumps(part, sort_keys=True, default=str).encode())
+        digest.update(b"\0")
+    return digest.hexdigest()[:16]
+
+
+def need_disk(folder: Path, needed_bytes: int) -> None:
+    """Refuse to start when the disk cannot hold what is about to be written.
+
+    Raises:
+        OSError: with the free and the needed bytes.
+    """
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed_bytes:
+        raise OSError(
+            f"no space left for {folder}: about {needed_bytes / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free; "
+            "free some space or link the data folder to a larger disk"
+        )
