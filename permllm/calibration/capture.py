@@ -1,0 +1,114 @@
+"""The inputs of the first decoder layer, and stepping through the rest one layer at a time.
+
+The model's own forward runs up to its first decoder layer, once; the keyword arguments that the layer then
+receives are kept and replayed verbatim to every layer. At any time one copy of the hidden states exists.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from permllm.calibration.statistics import ActivationStats, GramAccumulator
+from permllm.models.adapter import ModelAdapter, is_finite
+
+
+@dataclass
+class DecoderInputs:
+    """Hidden states on their way through the decoder layers.
+
+    Attributes:
+        hidden: (sequences, length, channels), input of the next decoder layer.
+        keywords: keyword arguments of a decoder layer, for one sequence; they broadcast over a batch.
+    """
+
+    hidden: Tensor
+    keywords: Mapping[str, Any]
+
+
+class _FirstLayerReached(Exception):
+    """Ends the model's forward where the decoder layers begin."""
+
+
+@torch.no_grad()
+def capture_decoder_inputs(model: PreTrainedModel, adapter: ModelAdapter, tokens: Tensor) -> DecoderInputs:
+    """Run the model up to its first decoder layer.
+
+    Args:
+        tokens: (sequences, length) int64, on any device.
+
+    Returns:
+        The hidden states of all sequences on the model's device, and the layers' keyword arguments.
+    """
+    hidden: list[Tensor] = []
+    keywords: dict[str, Any] = {}
+
+    def stop(layer: nn.Module, arguments: tuple[Tensor, ...], named: dict[str, Any]) -> None:
+        hidden.append(arguments[0] if arguments else named["hidden_states"])
+        if not keywords:
+            keywords.update({name: value for name, value in named.items() if name != "hidden_states"})
+        raise _FirstLayerReached
+
+    handle = adapter.layers(model)[0].register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        for sequence in tokens:
+            try:
+                model(sequence[None].to(model.device), use_cache=False)
+            except _FirstLayerReached:
+                pass
+    finally:
+        handle.remove()
+    return DecoderInputs(torch.cat(hidden), keywords)
+
+
+def run_layer(layer: nn.Module, hidden: Tensor, keywords: Mapping[str, Any]) -> Tensor:
+    """Run one decoder layer on (sequences, length, channels) hidden states."""
+    output = layer(hidden, **keywords)
+    return output if isinstance(output, Tensor) else output[0]  # transformers before version 5 returned a tuple
+
+
+@torch.no_grad()
+def advance(layer: nn.Module, inputs: DecoderInputs, batch_size: int, name: str) -> None:
+    """Replace the hidden states by the layer's output, batch by batch and in place.
+
+    Raises:
+        ValueError: if the output holds NaN or infinity; `name` tells where.
+    """
+    for batch in inputs.hidden.split(batch_size):
+        batch.copy_(run_layer(layer, batch, inputs.keywords))
+    if not is_finite(inputs.hidden):
+        raise ValueError(f"activations hold NaN or infinity after {name}; load the model in float32 or bfloat16, or check the checkpoint")
+
+
+@contextmanager
+def observed_inputs(layer: nn.Module, observe: Mapping[str, Callable[[Tensor], None]]) -> Iterator[None]:
+    """Call `observe[path]` with the input of the linear at `path` below the layer, whenever it runs."""
+    handles = [
+        layer.get_submodule(path).register_forward_pre_hook(lambda _, arguments, add=add: add(arguments[0])) for path, add in observe.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def layer_statistics(layer: nn.Module, adapter: ModelAdapter, inputs: DecoderInputs, batch_size: int) -> dict[str, ActivationStats]:
+    """Run a layer on the current hidden states and gather the statistics of every linear group, by name.
+
+    The hidden states stay as they are: `advance` moves on, with whatever weights the layer has by then.
+    """
+    linears = adapter.linears(layer)
+    accumulators = {
+        name: GramAccumulator(linears[group.readers[0]].in_features, inputs.hidden.device) for name, group in adapter.linear_groups.items()
+    }
+    observe = {group.readers[0]: accumulators[name].add for name, group in adapter.linear_groups.items()}
+    with observed_inputs(layer, observe):
+        for batch in inputs.hidden.split(batch_size):
+            run_layer(layer, batch, inputs.keywords)
+    return {name: accumulator.statistics() for name, accumulator in accumulators.items()}

@@ -1,0 +1,108 @@
+"""Where a model family keeps its decoder layers, and which of its linears read the same tensor."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class LinearGroup:
+    """Linear layers that read the same tensor, and so must share one permutation.
+
+    Attributes:
+        readers: paths below the decoder layer, e.g. `("mlp.gate_proj", "mlp.up_proj")`.
+        writers: linears whose output channels may be reordered instead of the activations, because only
+            per-channel operations lie in between. Empty if the permutation has to be applied at run time.
+    """
+
+    readers: tuple[str, ...]
+    writers: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ModelAdapter:
+    """What the rest of the library needs to know about a model family.
+
+    Attributes:
+        decoder_layers: path of the list of decoder layers below the causal language model.
+        linear_groups: the linears to prune, by the name of their group.
+        checkpoint_prefixes: what checkpoints write for the start of `decoder_layers` besides that path itself.
+    """
+
+    decoder_layers: str
+    linear_groups: dict[str, LinearGroup]
+    checkpoint_prefixes: tuple[str, ...] = ()
+
+    def layers(self, model: nn.Module) -> nn.ModuleList:
+        """Return the decoder layers of a model."""
+        return model.get_submodule(self.decoder_layers)
+
+    def linears(self, layer: nn.Module) -> dict[str, nn.Linear]:
+        """Return the target linears of one decoder layer, by their path below it."""
+        return {path: layer.get_submodule(path) for group in self.linear_groups.values() for path in group.readers}
+
+    def layer_path(self, layer_index: int) -> str:
+        """Return the full path of a decoder layer, e.g. `model.layers.3`."""
+        return f"{self.decoder_layers}.{layer_index}"
+
+    def path(self, layer_index: int, linear: str) -> str:
+        """Return the full path of a linear, e.g. `model.layers.3.mlp.down_proj`."""
+        return f"{self.layer_path(layer_index)}.{linear}"
+
+    def paths(self, layer_count: int) -> Iterator[str]:
+        """Yield the full path of every target linear of a model."""
+        for index in range(layer_count):
+            for group in self.linear_groups.values():
+                for linear in group.readers:
+                    yield self.path(index, linear)
+
+    def widths(self, model: nn.Module) -> dict[str, int]:
+        """Return the input channels of every target linear, by full path."""
+        return {
+            self.path(index, path): linear.in_features
+            for index, layer in enumerate(self.layers(model))
+            for path, linear in self.linears(layer).items()
+        }
+
+    def audit(self, model: nn.Module) -> None:
+        """Prove that the targets are all there is to prune in every decoder layer.
+
+        Raises:
+            ValueError: naming every target that is missing or not a linear, every linear that is no target, and
+                every weight of three dimensions (mixture of experts), which this version does not prune.
+        """
+        problems = []
+        targets = {path for group in self.linear_groups.values() for path in group.readers}
+        for index, layer in enumerate(self.layers(model)):
+            found = {path for path, module in layer.named_modules() if isinstance(module, nn.Linear)}
+            problems += [f"{self.path(index, path)} is missing or not a linear layer" for path in sorted(targets - found)]
+            problems += [f"{self.path(index, path)} is a linear layer that no group covers" for path in sorted(found - targets)]
+            problems += [
+                f"{self.path(index, name)} has shape {tuple(parameter.shape)}: mixture-of-experts weights are not supported"
+                for name, parameter in layer.named_parameters()
+                if parameter.dim() > 2
+            ]
+        if problems:
+            raise ValueError(f"{type(model).__name__} does not match its family: {'; '.join(problems)}")
+
+    def check_finite(self, model: nn.Module) -> None:
+        """Refuse weights that hold NaN or infinity.
+
+        Raises:
+            ValueError: naming every such linear.
+        """
+        broken = [
+            self.path(index, path)
+            for index, layer in enumerate(self.layers(model))
+            for path, linear in self.linears(layer).items()
+            if not is_finite(linear.weight)
+        ]
+        if broken:
+            raise ValueError(f"weights hold NaN or infinity in {', '.join(broken)}; the checkpoint is damaged, fetch it again")
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no entry is NaN or infinite, in one pass without a copy of the tensor's size."""
+    low, high = tensor.detach().aminmax()  # both are NaN if any entry is
+    return bool((low + high).isfinite())

@@ -1,0 +1,57 @@
+"""The table of model families: one row per architecture class. Nothing else names a family."""
+
+from torch import nn
+from transformers import PretrainedConfig
+
+from permllm.lookup import lookup
+from permllm.models.adapter import LinearGroup, ModelAdapter
+
+GATED_DECODER = ModelAdapter(
+    decoder_layers="model.layers",
+    linear_groups={
+        "attention_in": LinearGroup(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+        "attention_out": LinearGroup(("self_attn.o_proj",), writers=("self_attn.v_proj",)),
+        "mlp_in": LinearGroup(("mlp.gate_proj", "mlp.up_proj")),
+        "mlp_out": LinearGroup(("mlp.down_proj",), writers=("mlp.gate_proj", "mlp.up_proj")),
+    },
+    checkpoint_prefixes=("layers",),
+)
+
+OPT = ModelAdapter(
+    decoder_layers="model.decoder.layers",
+    linear_groups={
+        "attention_in": LinearGroup(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+        "attention_out": LinearGroup(("self_attn.out_proj",), writers=("self_attn.v_proj",)),
+        "mlp_in": LinearGroup(("fc1",)),
+        "mlp_out": LinearGroup(("fc2",), writers=("fc1",)),
+    },
+    checkpoint_prefixes=("decoder.layers",),
+)
+
+FAMILIES = {
+    "LlamaForCausalLM": GATED_DECODER,
+    "MistralForCausalLM": GATED_DECODER,
+    "Qwen2ForCausalLM": GATED_DECODER,
+    "Qwen3ForCausalLM": GATED_DECODER,
+    "OPTForCausalLM": OPT,
+}
+
+
+def adapter_for(config: PretrainedConfig) -> ModelAdapter:
+    """Return the adapter of the architecture that a model's configuration names.
+
+    Raises:
+        ValueError: if the architecture is not in the table; the message lists those that are.
+    """
+    return lookup(FAMILIES, (config.architectures or ["(none)"])[0], "architecture")
+
+
+def adapter_of(model: nn.Module) -> ModelAdapter:
+    """Return the adapter of a loaded model, after proving that it covers every linear of the decoder layers.
+
+    Raises:
+        ValueError: if the class is not in the table, or the model has other linears than its family.
+    """
+    adapter = lookup(FAMILIES, type(model).__name__, "architecture")
+    adapter.audit(model)
+    return adapter

@@ -1,0 +1,143 @@
+"""Pretrained models and tokenizers, from the hub or from a local directory, checked before anything long begins."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from permllm.lookup import lookup
+from permllm.models.checkpoint_files import CheckpointFiles
+from permllm.models.families import adapter_for, adapter_of
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+WEIGHT_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "*.txt", "*.jinja"]
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model comes from, and how it is held.
+
+    Attributes:
+        source: a local directory, or the name of a hub repository.
+        dtype: of the weights in memory: `float32`, `float16` or `bfloat16`.
+        device: `auto` (the first GPU, else the CPU), `cpu`, `cuda`, `cuda:1`, ...
+        revision: of the hub repository: a branch, a tag or a commit.
+        trust_remote_code: run model code that comes with the checkpoint.
+    """
+
+    source: str
+    dtype: str = "float32"
+    device: str = "auto"
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        lookup(DTYPES, self.dtype, "dtype")
+        resolve_device(self.device)
+
+    def folder(self) -> Path:
+        """Return the local directory; a hub repository is downloaded into the hub's cache first.
+
+        Raises:
+            ValueError: if it is neither a directory nor a repository that can be reached.
+        """
+        local = Path(self.source)
+        if local.is_dir():
+            return local
+        if self.source.startswith((".", "/", "~")) or self.source.count("/") != 1:
+            raise ValueError(f"model {self.source!r} is not a directory; give a local directory or a hub repository like facebook/opt-125m")
+        try:
+            return Path(snapshot_download(self.source, revision=self.revision, allow_patterns=WEIGHT_FILES))
+        except Exception as error:  # the hub client raises a dozen classes for "not reachable" and "not there"
+            raise ValueError(
+                f"model {self.source!r} is neither a local directory nor a hub repository that can be downloaded ({error}); "
+                "download it on a machine with network and give its directory"
+            ) from error
+
+
+def resolve_device(name: str) -> torch.device:
+    """Return the device called `name`.
+
+    Raises:
+        ValueError: if it does not exist on this machine; only `auto` chooses by itself.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"unknown device {name!r}: choose auto, cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {name!r} is not on this machine, which has {torch.cuda.device_count()} CUDA devices; choose auto or cpu")
+    return device
+
+
+def load_config(source: ModelSource) -> PretrainedConfig:
+    """Return a model's configuration, without its weights.
+
+    Raises:
+        ValueError: if the directory has no readable configuration or the architecture is not supported.
+    """
+    folder = source.folder()
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=source.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder} has no model configuration that can be read ({error})") from error
+    adapter_for(config)
+    return config
+
+
+def load_model(source: ModelSource) -> PreTrainedModel:
+    """Return the model for inference, without a cache, every weight from the checkpoint and finite.
+
+    Raises:
+        ValueError: if the architecture is not supported, a tensor is missing, has another shape than the
+            configuration says, or holds NaN or infinity.
+    """
+    config = load_config(source)
+    folder = source.folder()
+    CheckpointFiles.find(folder)
+    try:
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            folder, config=config, dtype=DTYPES[source.dtype], local_files_only=True, trust_remote_code=source.trust_remote_code,
+            ignore_mismatched_sizes=True, output_loading_info=True,
+        )  # fmt: skip
+    except OSError as error:
+        raise ValueError(f"the weights in {folder} cannot be read ({error}); fetch the checkpoint again") from error
+    problems = [f"{name} is missing" for name in sorted(loading["missing_keys"])]
+    problems += [f"{name} has shape {tuple(found)}, not {tuple(needed)}" for name, found, needed in sorted(loading["mismatched_keys"])]
+    if problems:
+        raise ValueError(f"the checkpoint {folder} does not fit its configuration: {'; '.join(problems)}")
+    model.config.use_cache = False
+    adapter_of(model).check_finite(model)
+    return model.requires_grad_(False).eval().to(resolve_device(source.device))
+
+
+def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
+    """Return the model's tokenizer.
+
+    Raises:
+        ValueError: if the directory has none.
+    """
+    folder = source.folder()
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=source.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder} has no tokenizer that can be read ({error})") from error
+
+
+def context_length(config: PretrainedConfig) -> int:
+    """Return the most tokens that the model was made for."""
+    return config.max_position_embeddings
+
+
+def check_length(length: int, config: PretrainedConfig, setting: str) -> None:
+    """Refuse sequences longer than the model's context.
+
+    Raises:
+        ValueError: naming the setting.
+    """
+    if not 2 <= length <= context_length(config):
+        raise ValueError(f"{setting} is {length} tokens, but sequences of this model hold 2 to {context_length(config)}; change {setting}")
