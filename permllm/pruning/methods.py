@@ -1,0 +1,148 @@
+"""Pruning one linear group: choose an order of its input channels, then masks, then perhaps new weights."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from permllm.calibration.statistics import ActivationStats
+from permllm.lookup import lookup
+from permllm.permutation.heuristic import heuristic_permutation
+from permllm.permutation.permutation import Permutation
+from permllm.pruning.metrics import PRUNING_METRICS
+from permllm.pruning.sparsegpt import sparsegpt
+from permllm.sparsity.mask import nm_mask
+from permllm.sparsity.pattern import NMPattern
+
+UPDATES = {"sparsegpt": sparsegpt}
+ONE_SHOT_PERMUTATIONS = ("identity", "cp")
+LEARNED_PERMUTATION = "lcp"
+
+
+@dataclass(frozen=True)
+class PruningMethod:
+    """How a model is pruned: three choices that combine freely.
+
+    Attributes:
+        score: the pruning metric that masks and permutations go by.
+        permutation: `identity`, `cp` (heuristic) or `lcp` (learned).
+        update: what new values the kept weights get: None, or `sparsegpt`, which also chooses the masks.
+
+    Raises:
+        ValueError: if one of the names is unknown.
+    """
+
+    score: str = "wanda"
+    permutation: str = "identity"
+    update: str | None = None
+
+    def __post_init__(self) -> None:
+        lookup(PRUNING_METRICS, self.score, "score")
+        lookup(dict.fromkeys((*ONE_SHOT_PERMUTATIONS, LEARNED_PERMUTATION)), self.permutation, "permutation")
+        if self.update is not None:
+            lookup(UPDATES, self.update, "weight update")
+
+    @property
+    def is_learned(self) -> bool:
+        """Whether the permutations come from training."""
+        return self.permutation == LEARNED_PERMUTATION
+
+
+@dataclass(frozen=True)
+class PrunedLinear:
+    """What pruning decided for one linear.
+
+    Attributes:
+        mask: (out, in) bool, True = kept, in the original channel order.
+        weight: (out, in) float32 new weight, exactly 0 where pruned; None if the kept weights stay as they are.
+    """
+
+    mask: Tensor
+    weight: Tensor | None = None
+
+    def apply(self, weight: Tensor) -> Tensor:
+        """Return the pruned weight in the dtype of the original one, zeros as +0.0."""
+        values = weight if self.weight is None else self.weight.to(weight.device, weight.dtype)
+        return values.masked_fill(~self.mask.to(weight.device), 0.0)
+
+
+@dataclass(frozen=True)
+class PrunedGroup:
+    """What pruning decided for one linear group.
+
+    Attributes:
+        permutation: the order of the input channels under which every mask is N:M, in canonical form.
+        linears: by path below the decoder layer.
+        retained_score: share of the total score that the masks keep, 0..1.
+        output_error: ||(W - pruned) X||^2 / ||W X||^2 over the calibration tokens, all linears together.
+    """
+
+    permutation: Permutation
+    linears: dict[str, PrunedLinear]
+    retained_score: float
+    output_error: float
+
+
+PrunedLayer = dict[str, PrunedGroup]  # by the name of the linear group
+
+
+def prune_group(
+    weights: Mapping[str, Tensor], stats: ActivationStats, pattern: NMPattern, method: PruningMethod, permutation: Permutation | None = None
+) -> PrunedGroup:
+    """Prune the linears of one group.
+
+    Args:
+        weights: (out, in) each, by path, all with the same input.
+        stats: of that input.
+        permutation: the learned order for a method with learned permutations; otherwise the method finds its own.
+
+    Returns:
+        Masks in the original channel order; equal solutions have equal permutations.
+
+    Raises:
+        ValueError: if a score is not finite, or a method with learned permutations is given none.
+    """
+    scores = {path: lookup(PRUNING_METRICS, method.score, "score")(weight, stats) for path, weight in weights.items()}
+    permutation = (permutation or _find_permutation(scores, pattern, method)).canonical(pattern.group)
+    if method.update is None:
+        linears = {path: PrunedLinear(_permuted_mask(score, permutation, pattern)) for path, score in scores.items()}
+    else:
+        linears = {path: _updated(weight, stats, permutation, pattern, method.update) for path, weight in weights.items()}
+    kept = sum(float((scores[path] * linear.mask).sum(dtype=torch.float64)) for path, linear in linears.items())
+    total = sum(float(score.sum(dtype=torch.float64)) for score in scores.values())
+    return PrunedGroup(permutation, linears, kept / total, _output_error(weights, linears, stats))
+
+
+def _find_permutation(scores: Mapping[str, Tensor], pattern: NMPattern, method: PruningMethod) -> Permutation:
+    stacked = torch.cat(list(scores.values()))
+    match method.permutation:
+        case "identity":
+            return Permutation.identity(stacked.shape[1])
+        case "cp":
+            return heuristic_permutation(stacked, pattern)
+        case _:
+            raise ValueError(f"permutation {method.permutation!r} has to be learned first; pass the permutation")
+
+
+def _permuted_mask(score: Tensor, permutation: Permutation, pattern: NMPattern) -> Tensor:
+    """Choose the mask in the permuted order and return it in the original one."""
+    return permutation.inverse().apply(nm_mask(permutation.apply(score), pattern))
+
+
+def _updated(weight: Tensor, stats: ActivationStats, permutation: Permutation, pattern: NMPattern, update: str) -> PrunedLinear:
+    gram = permutation.apply(permutation.apply(stats.gram, 0), 1)
+    new_weight, mask = UPDATES[update](permutation.apply(weight), ActivationStats(gram, stats.tokens), pattern)
+    back = permutation.inverse()
+    return PrunedLinear(back.apply(mask), back.apply(new_weight))
+
+
+def _output_error(weights: Mapping[str, Tensor], linears: Mapping[str, PrunedLinear], stats: ActivationStats) -> float:
+    """Return the squared error of the outputs, relative to the squared outputs, through the Gram matrix."""
+    error = total = 0.0
+    for path, weight in weights.items():
+        dense = weight.float()
+        change = dense - linears[path].apply(dense)
+        error += float(((change @ stats.gram) * change).sum(dtype=torch.float64))
+        total += float(((dense @ stats.gram) * dense).sum(dtype=torch.float64))
+    return error / total if total else 0.0
