@@ -1,0 +1,33 @@
+"""Perplexity with the papers' protocol: joined text, consecutive windows of the context length, no overlap."""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
+
+
+@torch.no_grad()
+def perplexity(model: PreTrainedModel, tokens: Tensor, length: int, batch_size: int = 8) -> float:
+    """Return exp of the mean negative log-likelihood of every token given those before it in its window.
+
+    Args:
+        tokens: (tokens,) int64, the joined text; what is left after the last whole window is not used.
+        length: tokens per window; the first token of a window is given, not predicted.
+
+    Raises:
+        ValueError: if the text is shorter than one window, or the likelihoods are not finite.
+
+    Source: GPTQ and SparseGPT; the mean is in float64 over all windows.
+    """
+    windows = tokens[: tokens.numel() // length * length].view(-1, length)
+    if not len(windows):
+        raise ValueError(f"the evaluation text has {tokens.numel()} tokens, fewer than one window of {length}; give more text or lower length")
+    total = torch.zeros((), dtype=torch.float64)
+    for batch in windows.split(batch_size):
+        batch = batch.to(model.device)
+        logits = model(batch, use_cache=False).logits[:, :-1].float()
+        total += cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum").double().cpu()
+    mean = total / (windows.numel() - len(windows))
+    if not mean.isfinite():
+        raise ValueError(f"the mean log-likelihood is {float(mean)}: the model's weights or activations are not finite")
+    return float(mean.exp())
