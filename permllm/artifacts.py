@@ -63,8 +63,13 @@ def read_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, Te
 
 def write_json(path: Path, record: Any) -> None:
     """Write a record as JSON that reads well in a diff."""
+    write_text(path, json.dumps(record, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file."""
     with replacing(path) as partial:
-        partial.write_text(json.dumps(record, indent=2) + "\n")
+        partial.write_text(text)
 
 
 def write_manifest(folder: Path, kind: str, record: Mapping[str, Any]) -> None:
@@ -126,3 +131,20 @@ def need_disk(folder: Path, needed_bytes: int) -> None:
             f"no space left for {folder}: about {needed_bytes / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free; "
             "free some space or link the data folder to a larger disk"
         )
+
+
+@contextlib.contextmanager
+def replacing_folder(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder that takes the place of `folder` when the body succeeds.
+
+    What was there stays as it is when the body fails or the process dies; a new try starts empty.
+    """
+    partial, old = folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.old.partial")
+    for leftover in (partial, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    partial.mkdir(parents=True)
+    yield partial
+    if folder.exists():
+        folder.rename(old)
+    partial.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from permllm.calibration.statistics import ActivationStats, GramAccumulator
+from permllm.calibration.statistics import GramAccumulator, LayerStats
 from permllm.models.adapter import ModelAdapter, is_finite
 
 
@@ -98,7 +98,7 @@ def observed_inputs(layer: nn.Module, observe: Mapping[str, Callable[[Tensor], N
 
 
 @torch.no_grad()
-def layer_statistics(layer: nn.Module, adapter: ModelAdapter, inputs: DecoderInputs, batch_size: int) -> dict[str, ActivationStats]:
+def layer_statistics(layer: nn.Module, adapter: ModelAdapter, inputs: DecoderInputs, batch_size: int) -> LayerStats:
     """Run a layer on the current hidden states and gather the statistics of every linear group, by name.
 
     The hidden states stay as they are: `advance` moves on, with whatever weights the layer has by then.
@@ -112,3 +112,14 @@ def layer_statistics(layer: nn.Module, adapter: ModelAdapter, inputs: DecoderInp
         for batch in inputs.hidden.split(batch_size):
             run_layer(layer, batch, inputs.keywords)
     return {name: accumulator.statistics() for name, accumulator in accumulators.items()}
+
+
+def dense_statistics(model: PreTrainedModel, adapter: ModelAdapter, tokens: Tensor, batch_size: int) -> Iterator[LayerStats]:
+    """Yield the statistics of every decoder layer of the model as it is, in order.
+
+    Memory: one copy of the hidden states and the Gram matrices of one layer.
+    """
+    inputs = capture_decoder_inputs(model, adapter, tokens)
+    for index, layer in enumerate(adapter.layers(model)):
+        yield layer_statistics(layer, adapter, inputs, batch_size)
+        advance(layer, inputs, batch_size, adapter.layer_path(index))

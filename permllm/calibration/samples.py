@@ -7,6 +7,29 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from permllm.calibration.texts import TextSource
+
+
+@dataclass(frozen=True)
+class CalibrateConfig:
+    """Settings of calibration.
+
+    Attributes:
+        text: what the sequences are drawn from.
+        sequences: how many, the held out ones included.
+        length: tokens per sequence.
+        held_out: sequences kept aside to choose between learned permutations.
+        batch_size: sequences per forward pass.
+        seed: of the draw.
+    """
+
+    text: TextSource
+    sequences: int = 128
+    length: int = 1024
+    held_out: int = 16
+    batch_size: int = 1
+    seed: int = 0
+
 
 @dataclass(frozen=True)
 class CalibrationSet:

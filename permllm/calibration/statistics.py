@@ -24,6 +24,9 @@ class ActivationStats:
         return self.gram.diagonal().clamp(min=0).sqrt()
 
 
+LayerStats = dict[str, ActivationStats]  # of one decoder layer, by the name of the linear group
+
+
 class GramAccumulator:
     """A running Gram matrix: add batches of activations, then read the statistics."""
 

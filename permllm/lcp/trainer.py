@@ -4,7 +4,6 @@ Only the logits of the permutations learn. The dense model's hidden states after
 computed once; every step runs the decoder layers with masked weights and pulls towards them.
 """
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from transformers import PreTrainedModel
 
 from permllm.calibration.capture import DecoderInputs, advance, capture_decoder_inputs, run_layer
 from permllm.calibration.samples import CalibrationSet
+from permllm.calibration.statistics import LayerStats
 from permllm.lcp.masked_linear import GroupPermutation, MaskedLinear
 from permllm.lcp.objective import OBJECTIVES
 from permllm.lcp.recipes import LearnConfig
@@ -23,11 +23,10 @@ from permllm.models.adapter import ModelAdapter
 from permllm.permutation.heuristic import heuristic_permutation
 from permllm.permutation.learnable import LearnableBlockPermutation
 from permllm.permutation.permutation import Permutation
-from permllm.pruning.layerwise import LayerStats
+from permllm.pruning.methods import LEARNED_PERMUTATION, PrunedLayer, PruningMethod, prune_group
 from permllm.pruning.metrics import PRUNING_METRICS
 from permllm.sparsity.pattern import NMPattern
 
-logger = logging.getLogger(__name__)
 LayerPermutations = dict[str, Permutation]  # by the name of the linear group
 
 
@@ -234,3 +233,16 @@ class _Run:
         for layer in self.layers:
             hidden = run_layer(layer, hidden, self.inputs.keywords)
         return OBJECTIVES[self.config.objective](hidden, self.target[rows])
+
+
+def prune_with_permutations(
+    model: PreTrainedModel, adapter: ModelAdapter, statistics: Sequence[LayerStats], pattern: NMPattern, score: str, result: LearnResult
+) -> Iterator[PrunedLayer]:
+    """Prune every layer in the learned order. The model stays as it is."""
+    method = PruningMethod(score, LEARNED_PERMUTATION)
+    for layer, stats, permutations in zip(adapter.layers(model), statistics, result.permutations, strict=True):
+        linears = adapter.linears(layer)
+        yield {
+            name: prune_group({path: linears[path].weight for path in group.readers}, stats[name], pattern, method, permutations[name])
+            for name, group in adapter.linear_groups.items()
+        }

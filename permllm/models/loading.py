@@ -12,7 +12,7 @@ from permllm.models.checkpoint_files import CheckpointFiles
 from permllm.models.families import adapter_for, adapter_of
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-WEIGHT_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "*.txt", "*.jinja"]
+SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,6 @@ class ModelSource:
 
     def __post_init__(self) -> None:
         lookup(DTYPES, self.dtype, "dtype")
-        resolve_device(self.device)
 
     def folder(self) -> Path:
         """Return the local directory; a hub repository is downloaded into the hub's cache first.
@@ -49,7 +48,10 @@ class ModelSource:
         if self.source.startswith((".", "/", "~")) or self.source.count("/") != 1:
             raise ValueError(f"model {self.source!r} is not a directory; give a local directory or a hub repository like facebook/opt-125m")
         try:
-            return Path(snapshot_download(self.source, revision=self.revision, allow_patterns=WEIGHT_FILES))
+            folder = Path(snapshot_download(self.source, revision=self.revision, allow_patterns=[*SMALL_FILES, "*.safetensors"]))
+            if not any(folder.glob("*.safetensors")):
+                folder = Path(snapshot_download(self.source, revision=self.revision, allow_patterns=[*SMALL_FILES, "*.bin"]))
+            return folder
         except Exception as error:  # the hub client raises a dozen classes for "not reachable" and "not there"
             raise ValueError(
                 f"model {self.source!r} is neither a local directory nor a hub repository that can be downloaded ({error}); "
@@ -87,6 +89,19 @@ def load_config(source: ModelSource) -> PretrainedConfig:
         raise ValueError(f"{folder} has no model configuration that can be read ({error})") from error
     adapter_for(config)
     return config
+
+
+def load_skeleton(source: ModelSource) -> PreTrainedModel:
+    """Return the model without its weights (on the meta device), to check settings against its shapes.
+
+    Raises:
+        ValueError: as `load_config`, or if the model has other linears than its family.
+    """
+    config = load_config(source)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=source.trust_remote_code)
+    adapter_of(model)
+    return model
 
 
 def load_model(source: ModelSource) -> PreTrainedModel:

@@ -1,27 +1,27 @@
 """One-shot pruning of a whole model, layer by layer."""
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from permllm.calibration.capture import DecoderInputs, advance, capture_decoder_inputs, layer_statistics
-from permllm.calibration.statistics import ActivationStats
+from permllm.calibration.statistics import LayerStats
 from permllm.models.adapter import ModelAdapter
 from permllm.pruning.methods import PrunedLayer, PruningMethod, prune_group
 from permllm.sparsity.pattern import NMPattern
 
-LayerStats = dict[str, ActivationStats]  # by the name of the linear group
 
+@dataclass(frozen=True)
+class PruneConfig:
+    """Settings of one-shot pruning.
 
-def dense_statistics(model: nn.Module, adapter: ModelAdapter, tokens: Tensor, batch_size: int) -> Iterator[LayerStats]:
-    """Yield the statistics of every decoder layer of the dense model, in order.
-
-    Memory: one copy of the hidden states and the Gram matrices of one layer.
+    Attributes:
+        sequential: whether later layers see what the pruned layers before them put out, as in the papers of the
+            methods; otherwise every layer sees the dense model's activations, gathered once for all methods.
     """
-    inputs = capture_decoder_inputs(model, adapter, tokens)
-    for index, layer in enumerate(adapter.layers(model)):
-        yield layer_statistics(layer, adapter, inputs, batch_size)
-        advance(layer, inputs, batch_size, adapter.layer_path(index))
+
+    sequential: bool = False
 
 
 def prune_layer(

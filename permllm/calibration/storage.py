@@ -1,0 +1,76 @@
+"""Calibration on disk: the token sequences, and one file of Gram matrices per decoder layer, read one at a time."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from permllm.artifacts import fingerprint, read_manifest, read_tensors, write_manifest, write_tensors
+from permllm.calibration.samples import CalibrationSet
+from permllm.calibration.statistics import ActivationStats, LayerStats
+
+KIND = "calibrate"
+
+
+@dataclass(frozen=True)
+class SavedStatistics(Sequence[LayerStats]):
+    """Statistics of every decoder layer; each access reads one layer's file."""
+
+    folder: Path
+    layers: int
+    tokens: int
+
+    def __len__(self) -> int:
+        return self.layers
+
+    def __getitem__(self, index: int) -> LayerStats:
+        if not 0 <= index < self.layers:
+            raise IndexError(index)
+        grams = read_tensors(_layer_file(self.folder, index))
+        return {name: ActivationStats(gram, self.tokens) for name, gram in grams.items()}
+
+    def __iter__(self) -> Iterator[LayerStats]:
+        return (self[index] for index in range(self.layers))
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What the calibrate stage leaves for the others.
+
+    Attributes:
+        fingerprint: of the model and the samples; statistics of another calibration are refused by it.
+    """
+
+    samples: CalibrationSet
+    statistics: SavedStatistics
+    model_fingerprint: str
+    fingerprint: str
+
+
+def save_calibration(
+    folder: Path, samples: CalibrationSet, statistics: Iterable[LayerStats], model_fingerprint: str, record: Mapping[str, Any]
+) -> None:
+    """Write a calibration while its statistics are computed; the manifest comes last."""
+    write_tensors(folder / "samples.safetensors", {"tokens": samples.tokens})
+    layers = 0
+    for index, stats in enumerate(statistics):
+        write_tensors(_layer_file(folder, index), {name: group.gram for name, group in stats.items()})
+        layers, tokens = index + 1, next(iter(stats.values())).tokens
+    manifest = {"layers": layers, "tokens": tokens, "held_out": samples.held_out, "model_fingerprint": model_fingerprint}
+    write_manifest(folder, KIND, {**manifest, "fingerprint": fingerprint([model_fingerprint, samples.tokens]), **record})
+
+
+def load_calibration(folder: Path) -> Calibration:
+    """Open a calibration; Gram matrices are read when they are asked for.
+
+    Raises:
+        StaleArtifactError: if it is missing, not complete, or written by another version.
+    """
+    manifest = read_manifest(folder, KIND)
+    samples = CalibrationSet(read_tensors(folder / "samples.safetensors")["tokens"], manifest["held_out"])
+    statistics = SavedStatistics(folder, manifest["layers"], manifest["tokens"])
+    return Calibration(samples, statistics, manifest["model_fingerprint"], manifest["fingerprint"])
+
+
+def _layer_file(folder: Path, index: int) -> Path:
+    return folder / f"layer_{index:03d}.safetensors"
