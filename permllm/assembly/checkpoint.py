@@ -1,0 +1,164 @@
+"""Write the masked checkpoint: stock format, zeros in the original channel order, exact in any runtime.
+
+The weight files are copied one by one with the target tensors replaced, then read back and checked. Beside them a
+folder `permllm/` holds the channel orders, the packed masks and a manifest; other loaders ignore it, and
+`config.json` is copied as it is.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from permllm.artifacts import StaleArtifactError, need_disk, write_json, write_manifest, write_tensors
+from permllm.models.adapter import ModelAdapter
+from permllm.models.checkpoint_files import PICKLE_INDEX, SAFETENSORS, SAFETENSORS_INDEX, CheckpointFiles
+from permllm.pruning.methods import PrunedLinear
+from permllm.pruning.storage import SavedPruning
+from permllm.sparsity.bits import pack_mask
+from permllm.sparsity.mask import is_nm_sparse
+from permllm.sparsity.pattern import NMPattern
+
+KIND = "assemble"
+RECORD_FOLDER = "permllm"
+
+
+class VerificationError(RuntimeError):
+    """A checkpoint that was just written does not hold what it should."""
+
+
+def write_masked_checkpoint(source: Path, adapter: ModelAdapter, pruning: SavedPruning, folder: Path) -> dict[str, int]:
+    """Copy a checkpoint with its target weights pruned, and prove it by reading it back.
+
+    Args:
+        source: the dense checkpoint, whose fingerprint the pruning must name.
+        folder: where to write; must not exist or be empty.
+
+    Returns:
+        `bytes` of the weight files and `zeros`, the number of pruned weights.
+
+    Raises:
+        StaleArtifactError: if the pruning was made from another model.
+        ValueError: if the checkpoint lacks a target tensor.
+        OSError: if the disk has no room.
+        VerificationError: if what was read back is not what was meant to be written.
+    """
+    files = CheckpointFiles.find(source)
+    if files.fingerprint() != pruning.manifest["model_fingerprint"]:
+        raise StaleArtifactError(f"{pruning.folder} was made from another model than {source}; run the prune or learn stage again")
+    need_disk(folder, files.total_bytes() * 5 // 4)
+    folder.mkdir(parents=True, exist_ok=True)
+    _copy_small_files(source, folder)
+    written = _write_shards(files, _Targets(files, adapter, pruning), folder)
+    zeros = _verify(files, CheckpointFiles.find(folder), _Targets(files, adapter, pruning), NMPattern.parse(pruning.manifest["pattern"]))
+    _write_record(folder / RECORD_FOLDER, pruning)
+    return {"bytes": written, "zeros": zeros}
+
+
+class _Targets(Mapping[str, tuple[int, str, str]]):
+    """Where a checkpoint's target tensors belong: (layer, group, linear) by tensor name. Keeps one layer in memory."""
+
+    def __init__(self, files: CheckpointFiles, adapter: ModelAdapter, pruning: SavedPruning) -> None:
+        present = set(files.names())
+        layers = len(pruning.manifest["groups"])
+        prefixes = (adapter.decoder_layers, *adapter.checkpoint_prefixes)
+        prefix = next((name for name in prefixes if any(tensor.startswith(f"{name}.0.") for tensor in present)), prefixes[0])
+        self._places = {
+            f"{prefix}.{index}.{path}.weight": (index, name, path)
+            for index in range(layers)
+            for name, group in adapter.linear_groups.items()
+            for path in group.readers
+        }
+        missing = sorted(set(self._places) - present)
+        if missing:
+            raise ValueError(f"the checkpoint {files.folder} lacks {', '.join(missing)}")
+        self._pruning = pruning
+        self._layer: tuple[int, Any] = (-1, None)
+
+    def __getitem__(self, tensor: str) -> tuple[int, str, str]:
+        return self._places[tensor]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def pruned(self, tensor: str) -> tuple[PrunedLinear, Tensor]:
+        """Return what pruning decided for a tensor, and the order of its input channels."""
+        index, name, path = self._places[tensor]
+        if self._layer[0] != index:
+            self._layer = (index, self._pruning.layer(index))
+        group = self._layer[1][name]
+        return group.linears[path], group.permutation.order
+
+
+def _copy_small_files(source: Path, folder: Path) -> None:
+    for path in sorted(source.iterdir()):
+        is_weights = path.suffix in (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack") or path.name in (SAFETENSORS_INDEX, PICKLE_INDEX)
+        if path.is_file() and not is_weights:
+            shutil.copyfile(path, folder / path.name)
+
+
+def _write_shards(files: CheckpointFiles, targets: _Targets, folder: Path) -> int:
+    weight_map: dict[str, str] = {}
+    total = 0
+    for shard in files.shards:
+        name = SAFETENSORS if len(files.shards) == 1 else Path(shard).with_suffix(".safetensors").name
+        tensors = {
+            tensor_name: targets.pruned(tensor_name)[0].apply(tensor) if tensor_name in targets else tensor
+            for tensor_name, tensor in files.shard_tensors(shard)
+        }
+        write_tensors(folder / name, tensors, {"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, name)
+        total += sum(tensor.nbytes for tensor in tensors.values())
+    if len(files.shards) > 1:
+        write_json(folder / SAFETENSORS_INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    return total
+
+
+def _verify(source: CheckpointFiles, written: CheckpointFiles, targets: _Targets, pattern: NMPattern) -> int:
+    """Compare the written checkpoint with the source, tensor by tensor; return the number of pruned weights."""
+    problems: list[str] = []
+    zeros = 0
+    for shard, written_shard in zip(sorted(source.shards), sorted(written.shards), strict=True):
+        result = dict(written.shard_tensors(written_shard))
+        for name, tensor in source.shard_tensors(shard):
+            if name not in targets:
+                if not torch.equal(result[name], tensor):
+                    problems.append(f"{name} changed")
+                continue
+            linear, order = targets.pruned(name)
+            found = result[name]
+            zeros += int((~linear.mask).sum())
+            if not is_nm_sparse(found[:, order.to(torch.int64)], pattern):
+                problems.append(f"{name} is not {pattern} in its channel order")
+            if found[~linear.mask].view(torch.uint8).any():  # also catches -0.0
+                problems.append(f"{name} has pruned weights that are not +0.0")
+            if linear.weight is None and not torch.equal(found[linear.mask], tensor[linear.mask]):
+                problems.append(f"{name} has kept weights that changed")
+    if problems:
+        raise VerificationError(f"{written.folder} was not written as it should be: {'; '.join(problems)}")
+    return zeros
+
+
+def _write_record(folder: Path, pruning: SavedPruning) -> None:
+    orders: dict[str, Tensor] = {}
+    masks: dict[str, Tensor] = {}
+    for index, layer in enumerate(pruning):
+        for name, group in layer.items():
+            orders[f"{index}.{name}"] = group.permutation.order.int()
+            masks |= {f"{index}.{path}": pack_mask(linear.mask) for path, linear in group.linears.items()}
+    write_tensors(folder / "permutations.safetensors", orders)
+    write_tensors(folder / "masks.safetensors", masks)
+    record = {name: value for name, value in pruning.manifest.items() if name not in ("kind", "format", "versions")}
+    write_manifest(folder, KIND, record)
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """Return the manifest of an assembled checkpoint."""
+    return json.loads((folder / RECORD_FOLDER / "manifest.json").read_text())
