@@ -1,0 +1,74 @@
+"""The figures of the report, as PNG: perplexities, learning curves, masks side by side."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from permllm.artifacts import replacing
+from permllm.report.summary import DENSE, Row
+
+DPI = 120
+BLUE, ORANGE, GREY, LIGHT = "#2a6f97", "#e07a1f", "#6b7280", "#e5e7eb"
+
+
+def perplexity_figure(rows: Sequence[Row]) -> Figure:
+    """Draw the perplexity of every method of one model, a panel per sparsity, with the dense model as a line."""
+    sparsities = list(dict.fromkeys(row.sparsity for row in rows))
+    figure = Figure(figsize=(4.6 * len(sparsities), 3.6), dpi=DPI, layout="constrained")
+    for axes, sparsity in zip(figure.subplots(1, len(sparsities), squeeze=False, sharey=True)[0], sparsities, strict=True):
+        dense = next(row.perplexity for row in rows if row.sparsity == sparsity and row.method == DENSE)
+        pruned = [row for row in rows if row.sparsity == sparsity and row.method != DENSE]
+        bars = axes.barh([row.method for row in pruned], [row.perplexity for row in pruned], color=[BLUE if "permllm" in row.method else "#a9c5d6" for row in pruned])
+        axes.bar_label(bars, fmt="%.1f", padding=2, fontsize=8)
+        axes.axvline(dense, color=ORANGE, linewidth=1.2, label=f"dense {dense:.1f}")
+        axes.set_xlim(left=dense * 0.9, right=max(row.perplexity for row in pruned) * 1.08)
+        axes.invert_yaxis()
+        axes.set(title=f"{rows[0].model}, {sparsity}", xlabel="perplexity (lower is better; the axis starts near dense)")
+        axes.legend(frameon=False, fontsize=8, loc="lower right")
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def learning_figure(histories: Mapping[str, Sequence[Mapping[str, Any]]], title: str) -> Figure:
+    """Draw the held-out (solid) and training (dotted) loss over the epochs; a dot marks the permutations kept.
+
+    Args:
+        histories: records of `EpochRecord`, by the name of the curve.
+    """
+    figure = Figure(figsize=(6, 3.6), dpi=DPI, layout="constrained")
+    axes = figure.subplots()
+    for (name, history), color in zip(histories.items(), [BLUE, ORANGE, GREY, "#7b5ea7", "#3a8f5c", "#b23a48"] * len(histories), strict=False):
+        epochs = [record["epoch"] for record in history]
+        held_out = [record["held_out_loss"] for record in history]
+        axes.plot(epochs, held_out, color=color, linewidth=1.4, label=name)
+        axes.plot(epochs[1:], [record["training_loss"] for record in history[1:]], color=color, linewidth=1, linestyle=":")
+        best = min(history, key=lambda record: record["held_out_loss"])
+        axes.plot(best["epoch"], best["held_out_loss"], "o", color=color, markersize=5)
+    axes.set(title=title, xlabel="epoch", ylabel="1 - cosine similarity to the dense model")
+    axes.legend(frameon=False, fontsize=8)
+    axes.grid(color=LIGHT, linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def mask_figure(masks: Mapping[str, Tensor], title: str, size: int = 64) -> Figure:
+    """Draw the first `size` rows and channels of masks side by side, kept weights dark.
+
+    Args:
+        masks: (out, in) bool in the original channel order, by method.
+    """
+    figure = Figure(figsize=(2.6 * len(masks), 3.1), dpi=DPI, layout="constrained")
+    for axes, (method, mask) in zip(figure.subplots(1, len(masks), squeeze=False)[0], masks.items(), strict=True):
+        axes.imshow(mask[:size, :size].numpy(), cmap="Blues", vmin=-0.15, vmax=1.2, interpolation="nearest")
+        axes.set(title=method, xticks=[], yticks=[])
+    figure.supxlabel(f"{title}: kept weights dark, {size} input channels across", fontsize=9)
+    return figure
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG, without the date that would make equal figures differ."""
+    with replacing(path) as partial:
+        figure.savefig(partial, format="png", metadata={"Software": None})

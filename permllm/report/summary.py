@@ -1,0 +1,101 @@
+"""Compare pruning methods: one row per model, sparsity and method, as records and as a Markdown table."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+BASELINE = "wanda"
+DENSE = "dense"
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is known of one setting.
+
+    Attributes:
+        sparsity: the N:M pattern; the dense model is a row of every pattern it is compared in.
+        gap_closed: how much of the perplexity that Wanda loses the method wins back, (wanda - method) / (wanda - dense).
+        zero_shot: accuracy 0..1 by task.
+        seconds: of all stages that made this row.
+        stage_seconds: the same by stage.
+        bytes: of the checkpoint's weight files.
+        retained_score: share of the pruning metric's total that the masks keep; None for the dense model.
+        output_error: ||(W - pruned) X||^2 / ||W X||^2 on the calibration tokens, mean over the linear groups.
+    """
+
+    model: str
+    sparsity: str
+    method: str
+    perplexity: float
+    gap_closed: float | None
+    zero_shot: Mapping[str, float]
+    seconds: float
+    stage_seconds: Mapping[str, float] = field(default_factory=dict)
+    bytes: int = 0
+    retained_score: float | None = None
+    output_error: float | None = None
+
+
+def summarize(model: str, sparsity: str, metrics: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[Row]:
+    """Make the rows of one model and pattern.
+
+    Args:
+        metrics: by method (`dense` first), then by stage, what the stages measured.
+    """
+    perplexities = {method: stages["evaluate"]["perplexity"] for method, stages in metrics.items()}
+    return [_row(model, sparsity, method, stages, gap_closed(perplexities, method)) for method, stages in metrics.items()]
+
+
+def gap_closed(perplexities: Mapping[str, float], method: str) -> float | None:
+    """Return (wanda - method) / (wanda - dense) of perplexities, None without those two or without a gap.
+
+    >>> gap_closed({"dense": 5.0, "wanda": 12.0, "permllm": 9.2}, "permllm")
+    0.4
+    """
+    if not {BASELINE, DENSE} <= perplexities.keys() or perplexities[BASELINE] == perplexities[DENSE]:
+        return None
+    gap = perplexities[BASELINE] - perplexities[DENSE]
+    return round((perplexities[BASELINE] - perplexities[method]) / gap, 4)
+
+
+def _row(model: str, sparsity: str, method: str, stages: Mapping[str, Mapping[str, Any]], closed: float | None) -> Row:
+    evaluated = stages["evaluate"]
+    pruned = stages.get("prune") or stages.get("learn") or {}
+    seconds = {stage: round(record["seconds"], 2) for stage, record in stages.items()}
+    return Row(
+        model=model,
+        sparsity=sparsity,
+        method=method,
+        perplexity=round(evaluated["perplexity"], 4),
+        gap_closed=closed,
+        zero_shot={task: round(result["acc"], 4) for task, result in evaluated["zero_shot"].items()},
+        seconds=round(sum(seconds.values()), 2),
+        stage_seconds=seconds,
+        bytes=evaluated["bytes"],
+        retained_score=pruned.get("retained_score"),
+        output_error=pruned.get("output_error"),
+    )
+
+
+def records(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Return the rows as plain records, for JSON."""
+    return [asdict(row) for row in rows]
+
+
+def markdown_table(rows: Sequence[Row]) -> str:
+    """Lay the rows out as one Markdown table per model and sparsity."""
+    tables = []
+    for model, sparsity in dict.fromkeys((row.model, row.sparsity) for row in rows):
+        part = [row for row in rows if (row.model, row.sparsity) == (model, sparsity)]
+        tasks = list(dict.fromkeys(task for row in part for task in row.zero_shot))
+        head = ["method", "perplexity", "gap closed", *tasks, "output error", "seconds"]
+        lines = [head, ["---", *["---:"] * (len(head) - 1)], *[_cells(row, tasks) for row in part]]
+        tables.append("\n".join([f"**{model}, {sparsity}**", "", *(f"| {' | '.join(line)} |" for line in lines)]))
+    return "\n\n".join(tables) + "\n"
+
+
+def _cells(row: Row, tasks: Sequence[str]) -> list[str]:
+    accuracies = [f"{row.zero_shot[task]:.1%}" if task in row.zero_shot else "" for task in tasks]
+    closed = "" if row.gap_closed is None else f"{row.gap_closed:.0%}"
+    error = "" if row.output_error is None else f"{row.output_error:.3f}"
+    return [row.method, f"{row.perplexity:.2f}", closed, *accuracies, error, f"{row.seconds:.0f}"]
