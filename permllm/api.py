@@ -1,0 +1,107 @@
+"""Prune a loaded model in one call, in a notebook or a script, without the pipeline."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from permllm.calibration.capture import dense_statistics
+from permllm.calibration.samples import draw_windows, tokenize
+from permllm.lcp.recipes import LearnConfig
+from permllm.lcp.trainer import EpochRecord, learn_permutations, prune_with_permutations
+from permllm.models.families import adapter_of
+from permllm.models.loading import check_length, context_length
+from permllm.permutation.permutation import Permutation
+from permllm.pruning.layerwise import apply_layer, prune_in_parallel
+from permllm.pruning.methods import PruningMethod
+from permllm.sparsity.pattern import NMPattern
+
+LONGEST_DEFAULT = 1024
+
+
+@dataclass(frozen=True)
+class PruneResult:
+    """A pruned model and how it was pruned.
+
+    Attributes:
+        model: the model given, its target weights now with zeros; other weights untouched.
+        permutations: the order of the input channels under which a linear is N:M, by the linear's path. Linears
+            that read the same tensor share it.
+        retained_score, output_error: by the linear's path, of the linear group that it belongs to.
+        history: how the permutations learned; empty without learning.
+    """
+
+    model: PreTrainedModel
+    permutations: dict[str, Permutation]
+    retained_score: dict[str, float]
+    output_error: dict[str, float]
+    history: list[EpochRecord] = field(default_factory=list)
+
+
+def prune(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    pattern: str = "2:4",
+    score: str = "wanda",
+    permutation: str = "lcp",
+    update: str | None = None,
+    *,
+    sequences: int = 128,
+    length: int | None = None,
+    batch_size: int = 8,
+    seed: int = 0,
+    learn: LearnConfig | None = None,
+) -> PruneResult:
+    """Prune a causal language model to N:M sparsity, in place.
+
+    Args:
+        model: a loaded model of a supported family; float32 or bfloat16, on any device.
+        texts: documents to calibrate on; windows of `length` tokens are drawn from them.
+        pattern: "N:M", N kept of every M.
+        score: `magnitude`, `wanda` or `ria`.
+        permutation: `identity`, `cp` (heuristic) or `lcp` (learned).
+        update: None, or `sparsegpt` to update the kept weights (not with `lcp`).
+        sequences: calibration sequences; with `lcp` one eighth of them is held out to choose the best epoch.
+        length: tokens per sequence; None for the model's context, at most 1024.
+        learn: settings of `lcp`; None for the paper's recipe.
+
+    Raises:
+        ValueError: if a name is unknown, the pattern or the block size does not fit a layer, the text is too
+            short, or weights or activations are not finite. The model is then unchanged.
+
+    Example:
+        >>> result = prune(model, tokenizer, texts, pattern="2:4", permutation="cp")  # doctest: +SKIP
+        >>> result.model.save_pretrained("pruned")  # doctest: +SKIP
+    """
+    method, parsed = PruningMethod(score, permutation, update), NMPattern.parse(pattern)
+    adapter = adapter_of(model)
+    adapter.check_finite(model)
+    config = learn or LearnConfig(seed=seed, batch_size=batch_size)
+    parsed.check_widths(adapter.widths(model))
+    if method.is_learned:
+        config.check_widths(adapter.widths(model), parsed)
+    length = length or min(LONGEST_DEFAULT, context_length(model.config))
+    check_length(length, model.config, "length")
+    samples = draw_windows(tokenize(texts, tokenizer), sequences, length, seed, math.ceil(sequences / 8) if method.is_learned else 0)
+    statistics = list(dense_statistics(model, adapter, samples.tokens[samples.training_rows], batch_size))
+    history: list[EpochRecord] = []
+    if method.is_learned:
+        learned = learn_permutations(model, adapter, samples, statistics, parsed, score, config)
+        history = learned.history
+        pruned = list(prune_with_permutations(model, adapter, statistics, parsed, score, learned))
+    else:
+        pruned = list(prune_in_parallel(model, adapter, statistics, parsed, method))
+    groups = {
+        adapter.path(index, path): group for index, layer in enumerate(pruned) for group in layer.values() for path in group.linears
+    }
+    for layer, decided in zip(adapter.layers(model), pruned, strict=True):
+        apply_layer(layer, decided)
+    return PruneResult(
+        model,
+        {path: group.permutation for path, group in groups.items()},
+        {path: group.retained_score for path, group in groups.items()},
+        {path: group.output_error for path, group in groups.items()},
+        history,
+    )
