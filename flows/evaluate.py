@@ -1,0 +1,31 @@
+"""Stage `evaluate`: perplexity and zero-shot accuracy of an assembled checkpoint, or of the dense model."""
+
+from dataclasses import replace
+from typing import Any
+
+from flows.paths import Setting
+from flows.stage import run_stage
+from permllm.evaluation import evaluate as library
+from permllm.models.checkpoint_files import CheckpointFiles
+from permllm.models.loading import load_model, load_tokenizer
+from permllm.params import DENSE, Params
+
+
+def evaluate(params: Params, setting: Setting) -> dict[str, Any]:
+    """Evaluate an assembled checkpoint, or with --method dense the model as it came."""
+    model_params = params.model(setting.model)
+    source = model_params.model_source()
+    tokenizer = load_tokenizer(source)
+    if setting.method != DENSE:
+        source = replace(source, source=str(setting.path("assemble")), revision=None)
+    model = load_model(source)
+    return {**library.evaluate(model, tokenizer, model_params.evaluate), "bytes": CheckpointFiles.find(source.folder()).total_bytes()}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the stage as a command."""
+    run_stage("evaluate", evaluate, ("model", "pattern", "method"), argv)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""Stage `prune`: prune a model with a one-shot method."""
+
+from typing import Any
+
+from flows.paths import Setting
+from flows.stage import progress, run_stage
+from permllm.artifacts import StaleArtifactError, replacing_folder
+from permllm.calibration.storage import Calibration, load_calibration
+from permllm.models.checkpoint_files import CheckpointFiles
+from permllm.models.families import adapter_of
+from permllm.models.loading import load_model
+from permllm.params import Params
+from permllm.pruning.layerwise import prune_in_parallel, prune_in_sequence
+from permllm.pruning.storage import save_pruning
+from permllm.sparsity.pattern import NMPattern
+
+
+def prune(params: Params, setting: Setting) -> dict[str, Any]:
+    """Prune a model with a one-shot method."""
+    model_params, method = params.model(setting.model), params.method(setting.method).pruning()
+    pattern = NMPattern.parse(setting.pattern)
+    calibration = open_calibration(params, setting)
+    model = load_model(model_params.model_source())
+    adapter = adapter_of(model)
+    if model_params.prune.sequential:
+        tokens = calibration.samples.tokens[calibration.samples.training_rows]
+        layers = prune_in_sequence(model, adapter, tokens, model_params.calibrate.batch_size, pattern, method)
+    else:
+        layers = prune_in_parallel(model, adapter, calibration.statistics, pattern, method)
+    with replacing_folder(setting.path("prune")) as folder:
+        record = pruning_record(setting, params, calibration, {"sequential": model_params.prune.sequential})
+        return save_pruning(folder, progress(layers, "prune layer", len(adapter.layers(model))), record)
+
+
+def open_calibration(params: Params, setting: Setting) -> Calibration:
+    """Open the calibration of the setting's model, and refuse one of another checkpoint.
+
+    Raises:
+        StaleArtifactError: if the model changed since.
+    """
+    calibration = load_calibration(Setting(setting.model).path("calibrate"))
+    folder = params.model(setting.model).model_source().folder()
+    if CheckpointFiles.find(folder).fingerprint() != calibration.model_fingerprint:
+        raise StaleArtifactError(f"the calibration of {setting.model} was made from another checkpoint than {folder}; run the calibrate stage again")
+    return calibration
+
+
+def pruning_record(setting: Setting, params: Params, calibration: Calibration, settings: dict[str, Any]) -> dict[str, Any]:
+    """Return what the manifest of pruned layers says of their origin."""
+    return {
+        "model": setting.model,
+        "pattern": setting.pattern,
+        "method": setting.method,
+        "method_settings": vars(params.method(setting.method).pruning()),
+        "settings": settings,
+        "seed": params.model(setting.model).calibrate.seed,
+        "model_fingerprint": calibration.model_fingerprint,
+        "calibration_fingerprint": calibration.fingerprint,
+    }
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the stage as a command."""
+    run_stage("prune", prune, ("model", "pattern", "method"), argv)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""What the commands of all stages share: arguments, parameters, the log, the metrics file, and no orphans."""
+
+import argparse
+import ctypes
+import logging
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
+
+from tqdm import tqdm
+
+from flows.paths import Setting
+from permllm.artifacts import write_json
+from permllm.params import Params
+
+Item = TypeVar("Item")
+StageFunction = Callable[[Params, Setting], dict[str, Any]]
+logger = logging.getLogger("permllm")
+PR_SET_PDEATHSIG = 1
+
+
+def run_stage(name: str, stage: StageFunction, arguments: tuple[str, ...], argv: list[str] | None = None) -> None:
+    """Run one stage as a command, and write what it measured to its metrics file.
+
+    Args:
+        name: of the stage; the same word in params.yaml, dvc.yaml and below data/.
+        arguments: which of model, pattern and method the command takes.
+    """
+    _die_with_parent()
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
+    for noisy in ("httpx", "datasets", "lm_eval"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    parser = argparse.ArgumentParser(prog=f"permllm {name}", description=stage.__doc__)
+    for argument in arguments:
+        parser.add_argument(f"--{argument}", required=argument == "model")
+    setting = Setting(**vars(parser.parse_args(argv)))
+    started = time.perf_counter()
+    try:
+        metrics = stage(Params.read(), setting)
+    except (ValueError, ArithmeticError, OSError) as error:  # what the user can mend; anything else is ours and keeps its traceback
+        sys.exit(f"permllm {name}: {error}")
+    seconds = time.perf_counter() - started
+    write_json(setting.metrics(name), {**metrics, "seconds": round(seconds, 3)})
+    logger.info("%s %s: %.1f s", name, " ".join(filter(None, vars(setting).values())), seconds)
+
+
+def progress(items: Iterable[Item], what: str, total: int) -> Iterator[Item]:
+    """Yield the items with a progress bar on a terminal, or a plain line for every item where there is none."""
+    if sys.stderr.isatty():
+        yield from tqdm(items, desc=what, total=total)
+        return
+    started = time.perf_counter()
+    for number, item in enumerate(items, start=1):
+        yield item
+        elapsed = time.perf_counter() - started
+        logger.info("%s %d/%d, %.1f s, about %.0f s left", what, number, total, elapsed, elapsed / number * (total - number))
+
+
+def _die_with_parent() -> None:
+    """Ask the kernel to end this process when its parent dies: a killed `dvc` must not leave a stage on the GPU."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
