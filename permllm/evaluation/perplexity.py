@@ -15,10 +15,12 @@ def perplexity(model: PreTrainedModel, tokens: Tensor, length: int, batch_size: 
         length: tokens per window; the first token of a window is given, not predicted.
 
     Raises:
-        ValueError: if the text is shorter than one window, or the likelihoods are not finite.
+        ValueError: if `length` is below 2, the text is shorter than one window, or the likelihoods are not finite.
 
     Source: GPTQ and SparseGPT; the mean is in float64 over all windows.
     """
+    if length < 2:
+        raise ValueError(f"length is {length}, but a window needs at least 2 tokens, one given and one to predict")
     windows = tokens[: tokens.numel() // length * length].view(-1, length)
     if not len(windows):
         raise ValueError(f"the evaluation text has {tokens.numel()} tokens, fewer than one window of {length}; give more text or lower length")
