@@ -6,8 +6,7 @@ from flows.paths import Setting
 from flows.stage import run_stage
 from permllm.artifacts import replacing_folder
 from permllm.assembly.checkpoint import write_masked_checkpoint
-from permllm.models.families import adapter_for
-from permllm.models.loading import load_config
+from permllm.models.loading import load_adapter
 from permllm.params import Params
 from permllm.pruning.storage import load_pruning
 
@@ -16,7 +15,7 @@ def assemble(params: Params, setting: Setting) -> dict[str, Any]:
     """Write a pruned model as a stock checkpoint."""
     source = params.model(setting.model).model_source()
     pruning = load_pruning(setting.path("prune"))
-    adapter = adapter_for(load_config(source))
+    adapter = load_adapter(source)
     with replacing_folder(setting.path("assemble")) as folder:
         return write_masked_checkpoint(source.folder(), adapter, pruning, folder)
 

@@ -7,10 +7,9 @@ from flows.stage import progress, run_stage
 from permllm.artifacts import StaleArtifactError, replacing_folder
 from permllm.calibration.storage import Calibration, load_calibration
 from permllm.models.checkpoint_files import CheckpointFiles
-from permllm.models.families import adapter_of
-from permllm.models.loading import load_model
+from permllm.models.loading import load_adapter, load_model, resolve_device
 from permllm.params import Params
-from permllm.pruning.layerwise import prune_in_parallel, prune_in_sequence
+from permllm.pruning.layerwise import checkpoint_weights, prune_in_parallel, prune_in_sequence
 from permllm.pruning.storage import save_pruning
 from permllm.sparsity.pattern import NMPattern
 
@@ -19,17 +18,18 @@ def prune(params: Params, setting: Setting) -> dict[str, Any]:
     """Prune a model with a one-shot method."""
     model_params, method = params.model(setting.model), params.method(setting.method).pruning()
     pattern = NMPattern.parse(setting.pattern)
+    source = model_params.model_source()
     calibration = open_calibration(params, setting)
-    model = load_model(model_params.model_source())
-    adapter = adapter_of(model)
+    adapter, statistics = load_adapter(source), calibration.statistics
     if model_params.prune.sequential:
         tokens = calibration.samples.tokens[calibration.samples.training_rows]
-        layers = prune_in_sequence(model, adapter, tokens, model_params.calibrate.batch_size, pattern, method)
+        layers = prune_in_sequence(load_model(source), adapter, tokens, model_params.calibrate.batch_size, pattern, method)
     else:
-        layers = prune_in_parallel(model, adapter, calibration.statistics, pattern, method)
+        weights = checkpoint_weights(CheckpointFiles.find(source.folder()), adapter, len(statistics), statistics.device)
+        layers = prune_in_parallel(weights, adapter, statistics, pattern, method)
     with replacing_folder(setting.path("prune")) as folder:
         record = pruning_record(setting, params, calibration, {"sequential": model_params.prune.sequential})
-        return save_pruning(folder, progress(layers, "prune layer", len(adapter.layers(model))), record)
+        return save_pruning(folder, progress(layers, "prune layer", len(statistics)), record)
 
 
 def open_calibration(params: Params, setting: Setting) -> Calibration:
@@ -38,8 +38,8 @@ def open_calibration(params: Params, setting: Setting) -> Calibration:
     Raises:
         StaleArtifactError: if the model changed since.
     """
-    calibration = load_calibration(Setting(setting.model).path("calibrate"))
-    folder = params.model(setting.model).model_source().folder()
+    source = params.model(setting.model).model_source()
+    calibration, folder = load_calibration(Setting(setting.model).path("calibrate"), resolve_device(source.device)), source.folder()
     if CheckpointFiles.find(folder).fingerprint() != calibration.model_fingerprint:
         raise StaleArtifactError(f"the calibration of {setting.model} was made from another checkpoint than {folder}; run the calibrate stage again")
     return calibration

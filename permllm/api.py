@@ -3,19 +3,22 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from permllm.calibration.capture import dense_statistics
 from permllm.calibration.samples import draw_windows, tokenize
 from permllm.lcp.recipes import LearnConfig
 from permllm.lcp.trainer import EpochRecord, learn_permutations, prune_with_permutations
+from permllm.models.adapter import check_finite
 from permllm.models.families import adapter_of
 from permllm.models.loading import check_length, context_length
 from permllm.permutation.permutation import Permutation
-from permllm.pruning.layerwise import apply_layer, prune_in_parallel
+from permllm.pruning.layerwise import apply_layer, model_weights, prune_in_parallel
 from permllm.pruning.methods import PruningMethod
 from permllm.sparsity.pattern import NMPattern
+
+if TYPE_CHECKING:  # slow to import
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 LONGEST_DEFAULT = 1024
 
@@ -32,7 +35,7 @@ class PruneResult:
         history: how the permutations learned; empty without learning.
     """
 
-    model: PreTrainedModel
+    model: "PreTrainedModel"
     permutations: dict[str, Permutation]
     retained_score: dict[str, float]
     output_error: dict[str, float]
@@ -40,8 +43,8 @@ class PruneResult:
 
 
 def prune(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
     texts: Sequence[str],
     pattern: str = "2:4",
     score: str = "wanda",
@@ -77,7 +80,7 @@ def prune(
     """
     method, parsed = PruningMethod(score, permutation, update), NMPattern.parse(pattern)
     adapter = adapter_of(model)
-    adapter.check_finite(model)
+    check_finite(model)
     config = learn or LearnConfig(seed=seed, batch_size=batch_size)
     parsed.check_widths(adapter.widths(model))
     if method.is_learned:
@@ -92,7 +95,7 @@ def prune(
         history = learned.history
         pruned = list(prune_with_permutations(model, adapter, statistics, parsed, score, learned))
     else:
-        pruned = list(prune_in_parallel(model, adapter, statistics, parsed, method))
+        pruned = list(prune_in_parallel(model_weights(model, adapter), adapter, statistics, parsed, method))
     groups = {
         adapter.path(index, path): group for index, layer in enumerate(pruned) for group in layer.values() for path in group.linears
     }

@@ -5,11 +5,9 @@ folder `permllm/` holds the channel orders, the packed masks and a manifest; oth
 `config.json` is copied as it is.
 """
 
-import json
+import functools
 import shutil
-from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +15,7 @@ from torch import Tensor
 from permllm.artifacts import StaleArtifactError, need_disk, write_json, write_manifest, write_tensors
 from permllm.models.adapter import ModelAdapter
 from permllm.models.checkpoint_files import PICKLE_INDEX, SAFETENSORS, SAFETENSORS_INDEX, CheckpointFiles
+from permllm.permutation.permutation import Permutation
 from permllm.pruning.methods import PrunedLinear
 from permllm.pruning.storage import SavedPruning
 from permllm.sparsity.bits import pack_mask
@@ -59,42 +58,28 @@ def write_masked_checkpoint(source: Path, adapter: ModelAdapter, pruning: SavedP
     return {"bytes": written, "zeros": zeros}
 
 
-class _Targets(Mapping[str, tuple[int, str, str]]):
-    """Where a checkpoint's target tensors belong: (layer, group, linear) by tensor name. Keeps one layer in memory."""
+class _Targets:
+    """What pruning decided for a checkpoint's target tensors, by their name there. Keeps one layer in memory."""
 
     def __init__(self, files: CheckpointFiles, adapter: ModelAdapter, pruning: SavedPruning) -> None:
-        present = set(files.names())
         layers = len(pruning.manifest["groups"])
-        prefixes = (adapter.decoder_layers, *adapter.checkpoint_prefixes)
-        prefix = next((name for name in prefixes if any(tensor.startswith(f"{name}.0.") for tensor in present)), prefixes[0])
+        names = adapter.tensor_names(layers, files.names())
         self._places = {
-            f"{prefix}.{index}.{path}.weight": (index, name, path)
+            names[adapter.path(index, path)]: (index, name, path)
             for index in range(layers)
             for name, group in adapter.linear_groups.items()
             for path in group.readers
         }
-        missing = sorted(set(self._places) - present)
-        if missing:
-            raise ValueError(f"the checkpoint {files.folder} lacks {', '.join(missing)}")
-        self._pruning = pruning
-        self._layer: tuple[int, Any] = (-1, None)
+        self._layer = functools.lru_cache(maxsize=1)(pruning.layer)
 
-    def __getitem__(self, tensor: str) -> tuple[int, str, str]:
-        return self._places[tensor]
+    def __contains__(self, tensor: str) -> bool:
+        return tensor in self._places
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._places)
-
-    def __len__(self) -> int:
-        return len(self._places)
-
-    def pruned(self, tensor: str) -> tuple[PrunedLinear, Tensor]:
+    def pruned(self, tensor: str) -> tuple[PrunedLinear, Permutation]:
         """Return what pruning decided for a tensor, and the order of its input channels."""
         index, name, path = self._places[tensor]
-        if self._layer[0] != index:
-            self._layer = (index, self._pruning.layer(index))
-        group = self._layer[1][name]
-        return group.linears[path], group.permutation.order
+        group = self._layer(index)[name]
+        return group.linears[path], group.permutation
 
 
 def _copy_small_files(source: Path, folder: Path) -> None:
@@ -132,10 +117,10 @@ def _verify(source: CheckpointFiles, written: CheckpointFiles, targets: _Targets
                 if not torch.equal(result[name], tensor):
                     problems.append(f"{name} changed")
                 continue
-            linear, order = targets.pruned(name)
+            linear, permutation = targets.pruned(name)
             found = result[name]
             zeros += int((~linear.mask).sum())
-            if not is_nm_sparse(found[:, order.to(torch.int64)], pattern):
+            if not is_nm_sparse(permutation.apply(found), pattern):
                 problems.append(f"{name} is not {pattern} in its channel order")
             if found[~linear.mask].view(torch.uint8).any():  # also catches -0.0
                 problems.append(f"{name} has pruned weights that are not +0.0")
@@ -158,7 +143,3 @@ def _write_record(folder: Path, pruning: SavedPruning) -> None:
     record = {name: value for name, value in pruning.manifest.items() if name not in ("kind", "format", "versions")}
     write_manifest(folder, KIND, record)
 
-
-def read_record(folder: Path) -> dict[str, Any]:
-    """Return the manifest of an assembled checkpoint."""
-    return json.loads((folder / RECORD_FOLDER / "manifest.json").read_text())

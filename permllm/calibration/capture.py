@@ -7,14 +7,16 @@ receives are kept and replayed verbatim to every layer. At any time one copy of 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from permllm.calibration.statistics import GramAccumulator, LayerStats
 from permllm.models.adapter import ModelAdapter, is_finite
+
+if TYPE_CHECKING:  # slow to import
+    from transformers import PreTrainedModel
 
 
 @dataclass
@@ -35,7 +37,7 @@ class _FirstLayerReached(Exception):
 
 
 @torch.no_grad()
-def capture_decoder_inputs(model: PreTrainedModel, adapter: ModelAdapter, tokens: Tensor) -> DecoderInputs:
+def capture_decoder_inputs(model: "PreTrainedModel", adapter: ModelAdapter, tokens: Tensor) -> DecoderInputs:
     """Run the model up to its first decoder layer.
 
     Args:
@@ -114,7 +116,7 @@ def layer_statistics(layer: nn.Module, adapter: ModelAdapter, inputs: DecoderInp
     return {name: accumulator.statistics() for name, accumulator in accumulators.items()}
 
 
-def dense_statistics(model: PreTrainedModel, adapter: ModelAdapter, tokens: Tensor, batch_size: int) -> Iterator[LayerStats]:
+def dense_statistics(model: "PreTrainedModel", adapter: ModelAdapter, tokens: Tensor, batch_size: int) -> Iterator[LayerStats]:
     """Yield the statistics of every decoder layer of the model as it is, in order.
 
     Memory: one copy of the hidden states and the Gram matrices of one layer.

@@ -2,12 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from permllm.calibration.texts import TextSource
+
+if TYPE_CHECKING:  # slow to import
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ class CalibrationSet:
         return slice(len(self.tokens) - self.held_out, len(self.tokens))
 
 
-def tokenize(documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, separator: str = "\n\n") -> Tensor:
+def tokenize(documents: Sequence[str], tokenizer: "PreTrainedTokenizerBase", separator: str = "\n\n") -> Tensor:
     """Join documents as the papers' evaluation does and return their tokens, (tokens,) int64.
 
     Source: SparseGPT and Wanda, `"\\n\\n".join(test["text"])`.

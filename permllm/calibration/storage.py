@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from permllm.artifacts import fingerprint, read_manifest, read_tensors, write_manifest, write_tensors
 from permllm.calibration.samples import CalibrationSet
 from permllm.calibration.statistics import ActivationStats, LayerStats
@@ -19,6 +21,7 @@ class SavedStatistics(Sequence[LayerStats]):
     folder: Path
     layers: int
     tokens: int
+    device: torch.device | str
 
     def __len__(self) -> int:
         return self.layers
@@ -26,7 +29,7 @@ class SavedStatistics(Sequence[LayerStats]):
     def __getitem__(self, index: int) -> LayerStats:
         if not 0 <= index < self.layers:
             raise IndexError(index)
-        grams = read_tensors(_layer_file(self.folder, index))
+        grams = read_tensors(_layer_file(self.folder, index), self.device)
         return {name: ActivationStats(gram, self.tokens) for name, gram in grams.items()}
 
     def __iter__(self) -> Iterator[LayerStats]:
@@ -60,15 +63,15 @@ def save_calibration(
     write_manifest(folder, KIND, {**manifest, "fingerprint": fingerprint([model_fingerprint, samples.tokens]), **record})
 
 
-def load_calibration(folder: Path) -> Calibration:
-    """Open a calibration; Gram matrices are read when they are asked for.
+def load_calibration(folder: Path, device: torch.device | str = "cpu") -> Calibration:
+    """Open a calibration; Gram matrices are read to the device when they are asked for.
 
     Raises:
         StaleArtifactError: if it is missing, not complete, or written by another version.
     """
     manifest = read_manifest(folder, KIND)
     samples = CalibrationSet(read_tensors(folder / "samples.safetensors")["tokens"], manifest["held_out"])
-    statistics = SavedStatistics(folder, manifest["layers"], manifest["tokens"])
+    statistics = SavedStatistics(folder, manifest["layers"], manifest["tokens"], device)
     return Calibration(samples, statistics, manifest["model_fingerprint"], manifest["fingerprint"])
 
 

@@ -99,14 +99,19 @@ def read_documents(source: TextSource) -> dict[str, str]:
 
 def _file_documents(source: TextSource) -> Iterator[tuple[str, str]]:
     for path in source.paths():
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not UTF-8 text ({error})") from error
         if path.suffix == ".jsonl":
-            yield from _json_lines(path, source.key)
+            yield from _json_lines(path, text, source.key)
         else:
-            yield path.stem, path.read_text(encoding="utf-8")
+            yield path.stem, text
 
 
-def _json_lines(path: Path, key: str | None) -> Iterator[tuple[str, str]]:
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+def _json_lines(path: Path, text: str, key: str | None) -> Iterator[tuple[str, str]]:
+    # not splitlines: JSON strings may hold U+2028 and other line separators as they are
+    for number, line in enumerate(text.removesuffix("\n").split("\n") if text else [], start=1):
         try:
             record = json.loads(line)
             yield f"{path.stem}:{number}", "".join(record[part] for part in (key or "text").split("+"))

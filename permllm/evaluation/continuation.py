@@ -28,8 +28,8 @@ def continuation_questions(
         answer_words: a sentence of fewer words is no choice; "Perhaps he is." follows almost anything.
 
     Raises:
-        ValueError: if a passage has too few sentences, or a kind fewer passages than a question has choices;
-            all of them are named.
+        ValueError: if a passage has too few sentences, or a kind fewer passages than a question has choices (all of
+            them are named), or the passages of a kind repeat each other.
     """
     if per_passage < 1:
         raise ValueError(f"per_passage is {per_passage}; ask at least one question per passage")
@@ -48,6 +48,8 @@ def continuation_questions(
         for position in sorted(generator.sample(askable[name], per_passage)):
             answer, gold = sentences[name][position], golds[len(questions)]
             choices = _distractors(answer, others, generator)
+            if len(choices) < CHOICES - 1:
+                raise ValueError(f"too few other passages of kind {_kind(name)!r} have a sentence unlike {answer!r}; take out repeated passages")
             choices.insert(gold, answer)
             query = " ".join(" ".join(sentences[name][:position]).split()[-beginning_words:])
             questions.append(Question(query, choices, gold))
@@ -97,4 +99,5 @@ def _distractors(answer: str, others: Mapping[str, list[str]], generator: random
     nearest: dict[str, str] = {}
     for name, sentence in pool:
         nearest.setdefault(name, sentence)
-    return generator.sample(list(nearest.values())[: CHOICES - 1], CHOICES - 1)
+    chosen = list(nearest.values())[: CHOICES - 1]
+    return generator.sample(chosen, len(chosen))

@@ -1,14 +1,15 @@
 """Everything that is measured of a model's quality: perplexity on a text, accuracy on multiple-choice tasks."""
 
 from dataclasses import dataclass
-from typing import Any
-
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from permllm.calibration.samples import tokenize
 from permllm.calibration.texts import TextSource, read_documents
 from permllm.evaluation.perplexity import perplexity
 from permllm.evaluation.zero_shot import ZeroShotConfig, zero_shot
+
+if TYPE_CHECKING:  # slow to import
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class EvaluateConfig:
         self.zero_shot.check()
 
 
-def evaluate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: EvaluateConfig) -> dict[str, Any]:
+def evaluate(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", config: EvaluateConfig) -> dict[str, Any]:
     """Return `perplexity`, and `zero_shot` by task."""
     tokens = tokenize(list(read_documents(config.perplexity.text).values()), tokenizer)
     return {

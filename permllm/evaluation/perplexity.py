@@ -1,13 +1,17 @@
 """Perplexity with the papers' protocol: joined text, consecutive windows of the context length, no overlap."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import PreTrainedModel
+
+if TYPE_CHECKING:  # slow to import
+    from transformers import PreTrainedModel
 
 
 @torch.no_grad()
-def perplexity(model: PreTrainedModel, tokens: Tensor, length: int, batch_size: int = 8) -> float:
+def perplexity(model: "PreTrainedModel", tokens: Tensor, length: int, batch_size: int = 8) -> float:
     """Return exp of the mean negative log-likelihood of every token given those before it in its window.
 
     Args:

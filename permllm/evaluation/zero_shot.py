@@ -9,16 +9,15 @@ from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
 from permllm.calibration.texts import TextSource, read_documents
 from permllm.evaluation.continuation import continuation_questions
 from permllm.evaluation.questions import ZERO_SHOT_TASKS, Question, read_questions
 from permllm.lookup import lookup
 
-if TYPE_CHECKING:  # lm-eval takes seconds to import, so the functions below do it
+if TYPE_CHECKING:  # both take seconds to import: the functions below import lm-eval, and transformers only names types here
     from lm_eval.api.task import Task
     from lm_eval.models.huggingface import HFLM
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -87,14 +86,14 @@ def _name_problems(name: str, is_from_hub: bool) -> list[str]:
     return [f"the hub has no task {name}; name its files"] if is_from_hub and task.official is None else []
 
 
-def zero_shot(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: ZeroShotConfig) -> dict[str, dict[str, float]]:
+def zero_shot(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", config: ZeroShotConfig) -> dict[str, dict[str, float]]:
     """Return the accuracies of each task; see `accuracies`."""
     return accuracies(model, tokenizer, config.questions(), config.batch_size, config.limit)
 
 
 def accuracies(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
     tasks: Mapping[str, Sequence[Question] | None],
     batch_size: int,
     limit: int | None = None,
@@ -118,7 +117,8 @@ def accuracies(
         ValueError: if a task is unknown, a task has fewer than two questions, or a choice is longer than the context.
     """
     problems = [problem for name, questions in tasks.items() for problem in _name_problems(name, questions is None)]
-    problems += [f"{name} has one question; a standard error needs two" for name, questions in tasks.items() if questions is not None and len(questions) < 2]
+    few = [name for name, questions in tasks.items() if questions is not None and len(questions) < 2]
+    problems += [f"{name} has fewer than two questions, which a standard error needs" for name in few]
     if problems:
         raise ValueError("; ".join(problems))
     if not tasks:
@@ -186,9 +186,10 @@ def _check_lengths(lm: "HFLM", tasks: "Mapping[str, Task]") -> None:
         cut = [choice for (_, choice), length in zip(texts, lengths, strict=True) if length > lm.max_length + 1]  # the last token is not read
         longest = max((len(lm.tok_encode(choice, add_special_tokens=False)) for choice in cut), default=0)
         if longest > lm.max_length:
-            raise ValueError(f"{name} has a choice of {longest} tokens, which does not fit the model's context of {lm.max_length}; leave out this task")
+            raise ValueError(f"{name} has a choice of {longest} tokens, more than the model's context of {lm.max_length}; leave out this task")
         if cut:
-            logger.warning("%s: %d of %d texts exceed the model's context of %d tokens and lose their beginning", name, len(cut), len(texts), lm.max_length)
+            message = "%s: %d of %d texts exceed the model's context of %d tokens and lose their beginning"
+            logger.warning(message, name, len(cut), len(texts), lm.max_length)
 
 
 def _scores(name: str, results: Mapping[str, Any]) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """Where a model family keeps its decoder layers, and which of its linears read the same tensor."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -57,6 +57,23 @@ class ModelAdapter:
                 for linear in group.readers:
                     yield self.path(index, linear)
 
+    def tensor_names(self, layer_count: int, present: Collection[str]) -> dict[str, str]:
+        """Return what a checkpoint calls the weight of every target linear, by the linear's full path.
+
+        Args:
+            present: the names of the checkpoint's tensors.
+
+        Raises:
+            ValueError: naming every target that is not among them.
+        """
+        starts = (self.decoder_layers, *self.checkpoint_prefixes)
+        start = next((start for start in starts if any(name.startswith(f"{start}.0.") for name in present)), starts[0])
+        names = {path: f"{start}{path.removeprefix(self.decoder_layers)}.weight" for path in self.paths(layer_count)}
+        missing = sorted(set(names.values()) - set(present))
+        if missing:
+            raise ValueError(f"the checkpoint lacks {', '.join(missing)}")
+        return names
+
     def widths(self, model: nn.Module) -> dict[str, int]:
         """Return the input channels of every target linear, by full path."""
         return {
@@ -86,23 +103,19 @@ class ModelAdapter:
         if problems:
             raise ValueError(f"{type(model).__name__} does not match its family: {'; '.join(problems)}")
 
-    def check_finite(self, model: nn.Module) -> None:
-        """Refuse weights that hold NaN or infinity.
-
-        Raises:
-            ValueError: naming every such linear.
-        """
-        broken = [
-            self.path(index, path)
-            for index, layer in enumerate(self.layers(model))
-            for path, linear in self.linears(layer).items()
-            if not is_finite(linear.weight)
-        ]
-        if broken:
-            raise ValueError(f"weights hold NaN or infinity in {', '.join(broken)}; the checkpoint is damaged, fetch it again")
-
 
 def is_finite(tensor: Tensor) -> bool:
     """Whether no entry is NaN or infinite, in one pass without a copy of the tensor's size."""
     low, high = tensor.detach().aminmax()  # both are NaN if any entry is
-    return bool((low + high).isfinite())
+    return bool(low.isfinite() and high.isfinite())
+
+
+def check_finite(model: nn.Module) -> None:
+    """Refuse a model whose parameters hold NaN or infinity.
+
+    Raises:
+        ValueError: naming all of them.
+    """
+    broken = [name.removesuffix(".weight") for name, parameter in model.named_parameters() if not is_finite(parameter)]
+    if broken:
+        raise ValueError(f"weights hold NaN or infinity in {', '.join(broken)}; the checkpoint is damaged, fetch it again")

@@ -1,7 +1,6 @@
 """The table of model families: one row per architecture class. Nothing else names a family."""
 
 from torch import nn
-from transformers import PretrainedConfig
 
 from permllm.lookup import lookup
 from permllm.models.adapter import LinearGroup, ModelAdapter
@@ -37,13 +36,13 @@ FAMILIES = {
 }
 
 
-def adapter_for(config: PretrainedConfig) -> ModelAdapter:
-    """Return the adapter of the architecture that a model's configuration names.
+def adapter_for(architecture: str) -> ModelAdapter:
+    """Return the adapter of an architecture, as `config.json` names it.
 
     Raises:
-        ValueError: if the architecture is not in the table; the message lists those that are.
+        ValueError: if it is not in the table; the message lists those that are.
     """
-    return lookup(FAMILIES, (config.architectures or ["(none)"])[0], "architecture")
+    return lookup(FAMILIES, architecture, "architecture")
 
 
 def adapter_of(model: nn.Module) -> ModelAdapter:
@@ -52,6 +51,6 @@ def adapter_of(model: nn.Module) -> ModelAdapter:
     Raises:
         ValueError: if the class is not in the table, or the model has other linears than its family.
     """
-    adapter = lookup(FAMILIES, type(model).__name__, "architecture")
+    adapter = adapter_for(type(model).__name__)
     adapter.audit(model)
     return adapter

@@ -1,13 +1,15 @@
 """Pretrained models and tokenizers, from the hub or from a local directory, checked before anything long begins."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import transformers  # imports its parts when they are named; stages that need no model start three seconds sooner
 from huggingface_hub import snapshot_download
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from permllm.lookup import lookup
+from permllm.models.adapter import ModelAdapter, check_finite
 from permllm.models.checkpoint_files import CheckpointFiles
 from permllm.models.families import adapter_for, adapter_of
 
@@ -76,22 +78,35 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def load_config(source: ModelSource) -> PretrainedConfig:
+def load_adapter(source: ModelSource) -> ModelAdapter:
+    """Return the adapter of the architecture that a model's `config.json` names.
+
+    Raises:
+        ValueError: if there is no configuration, or the architecture is not supported.
+    """
+    path = source.folder() / "config.json"
+    try:
+        architectures = json.loads(path.read_text()).get("architectures")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read ({error}); a model directory in the format of transformers is needed") from error
+    return adapter_for((architectures or ["(none)"])[0])
+
+
+def load_config(source: ModelSource) -> "transformers.PretrainedConfig":
     """Return a model's configuration, without its weights.
 
     Raises:
         ValueError: if the directory has no readable configuration or the architecture is not supported.
     """
     folder = source.folder()
+    load_adapter(source)
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=source.trust_remote_code)
+        return transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=source.trust_remote_code)
     except (OSError, ValueError) as error:
         raise ValueError(f"{folder} has no model configuration that can be read ({error})") from error
-    adapter_for(config)
-    return config
 
 
-def load_skeleton(source: ModelSource) -> PreTrainedModel:
+def load_skeleton(source: ModelSource) -> "transformers.PreTrainedModel":
     """Return the model without its weights (on the meta device), to check settings against its shapes.
 
     Raises:
@@ -99,23 +114,24 @@ def load_skeleton(source: ModelSource) -> PreTrainedModel:
     """
     config = load_config(source)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=source.trust_remote_code)
+        model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=source.trust_remote_code)
     adapter_of(model)
     return model
 
 
-def load_model(source: ModelSource) -> PreTrainedModel:
+def load_model(source: ModelSource) -> "transformers.PreTrainedModel":
     """Return the model for inference, without a cache, every weight from the checkpoint and finite.
 
     Raises:
         ValueError: if the architecture is not supported, a tensor is missing, has another shape than the
             configuration says, or holds NaN or infinity.
     """
+    device = resolve_device(source.device)
     config = load_config(source)
     folder = source.folder()
     CheckpointFiles.find(folder)
     try:
-        model, loading = AutoModelForCausalLM.from_pretrained(
+        model, loading = transformers.AutoModelForCausalLM.from_pretrained(
             folder, config=config, dtype=DTYPES[source.dtype], local_files_only=True, trust_remote_code=source.trust_remote_code,
             ignore_mismatched_sizes=True, output_loading_info=True,
         )  # fmt: skip
@@ -123,14 +139,16 @@ def load_model(source: ModelSource) -> PreTrainedModel:
         raise ValueError(f"the weights in {folder} cannot be read ({error}); fetch the checkpoint again") from error
     problems = [f"{name} is missing" for name in sorted(loading["missing_keys"])]
     problems += [f"{name} has shape {tuple(found)}, not {tuple(needed)}" for name, found, needed in sorted(loading["mismatched_keys"])]
+    problems += [f"{name} has no place in the model" for name in sorted(loading["unexpected_keys"])]
     if problems:
         raise ValueError(f"the checkpoint {folder} does not fit its configuration: {'; '.join(problems)}")
     model.config.use_cache = False
-    adapter_of(model).check_finite(model)
-    return model.requires_grad_(False).eval().to(resolve_device(source.device))
+    adapter_of(model)
+    check_finite(model)
+    return model.requires_grad_(False).eval().to(device)
 
 
-def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
+def load_tokenizer(source: ModelSource) -> "transformers.PreTrainedTokenizerBase":
     """Return the model's tokenizer.
 
     Raises:
@@ -138,17 +156,17 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     """
     folder = source.folder()
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=source.trust_remote_code)
+        return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=source.trust_remote_code)
     except (OSError, ValueError) as error:
         raise ValueError(f"{folder} has no tokenizer that can be read ({error})") from error
 
 
-def context_length(config: PretrainedConfig) -> int:
+def context_length(config: "transformers.PretrainedConfig") -> int:
     """Return the most tokens that the model was made for."""
     return config.max_position_embeddings
 
 
-def check_length(length: int, config: PretrainedConfig, setting: str) -> None:
+def check_length(length: int, config: "transformers.PretrainedConfig", setting: str) -> None:
     """Refuse sequences longer than the model's context.
 
     Raises:

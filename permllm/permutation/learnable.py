@@ -44,8 +44,13 @@ class LearnableBlockPermutation(nn.Module):
             raise ValueError(f"blocks of {block_size} channels do not divide {len(start)} channels")
         shape = (len(start) // block_size, block_size, block_size)
         logits = torch.eye(block_size).expand(shape).clone() if generator is None else torch.rand(shape, generator=generator) * 2 - 1
-        self.start = start
+        self.register_buffer("start_order", start.order.clone(), persistent=False)
         self.logits = nn.Parameter(logits)
+
+    @property
+    def start(self) -> Permutation:
+        """The order that the blocks begin from."""
+        return Permutation(self.start_order)
 
     def forward(self, temperature: float, iterations: int) -> BlockPermutation:
         """Return the nearest hard permutation with the gradient of the soft one."""
@@ -53,7 +58,7 @@ class LearnableBlockPermutation(nn.Module):
         orders = self.block_orders(soft)
         hard = torch.zeros_like(soft).scatter_(1, orders[:, None, :], 1.0)
         soft_gradient = soft - soft.detach()  # exactly 0, so the value stays exactly 0 or 1
-        return BlockPermutation(hard + soft_gradient, self.start.then(Permutation.within_blocks(orders)))
+        return BlockPermutation(hard + soft_gradient, Permutation(self.start_order[Permutation.within_blocks(orders).order]))
 
     @staticmethod
     def block_orders(soft: Tensor) -> Tensor:

@@ -3,11 +3,13 @@
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
-from permllm.calibration.capture import DecoderInputs, advance, capture_decoder_inputs, layer_statistics
+from permllm.calibration.capture import advance, capture_decoder_inputs, layer_statistics
 from permllm.calibration.statistics import LayerStats
 from permllm.models.adapter import ModelAdapter
+from permllm.models.checkpoint_files import CheckpointFiles
 from permllm.pruning.methods import PrunedLayer, PruningMethod, prune_group
 from permllm.sparsity.pattern import NMPattern
 
@@ -25,21 +27,44 @@ class PruneConfig:
 
 
 def prune_layer(
-    linears: Mapping[str, nn.Linear], adapter: ModelAdapter, stats: LayerStats, pattern: NMPattern, method: PruningMethod
+    weights: Mapping[str, Tensor], adapter: ModelAdapter, stats: LayerStats, pattern: NMPattern, method: PruningMethod
 ) -> PrunedLayer:
-    """Prune the linears of one decoder layer, given by path, from the statistics of its groups."""
+    """Prune the linears of one decoder layer: their weights by path below it, the statistics by group."""
     return {
-        name: prune_group({path: linears[path].weight for path in group.readers}, stats[name], pattern, method)
+        name: prune_group({path: weights[path] for path in group.readers}, stats[name], pattern, method)
         for name, group in adapter.linear_groups.items()
     }
 
 
 def prune_in_parallel(
-    model: nn.Module, adapter: ModelAdapter, statistics: Iterable[LayerStats], pattern: NMPattern, method: PruningMethod
+    weights: Iterable[Mapping[str, Tensor]], adapter: ModelAdapter, statistics: Iterable[LayerStats], pattern: NMPattern, method: PruningMethod
 ) -> Iterator[PrunedLayer]:
-    """Prune every layer from the statistics of the dense model. The model stays as it is."""
-    for layer, stats in zip(adapter.layers(model), statistics, strict=True):
-        yield prune_layer(adapter.linears(layer), adapter, stats, pattern, method)
+    """Prune every layer from the statistics of the dense model, one at a time.
+
+    Args:
+        weights: of the target linears of each decoder layer, by path below it.
+    """
+    for layer, stats in zip(weights, statistics, strict=True):
+        yield prune_layer(layer, adapter, stats, pattern, method)
+
+
+def model_weights(model: nn.Module, adapter: ModelAdapter) -> Iterator[dict[str, Tensor]]:
+    """Yield the target weights of every decoder layer of a loaded model."""
+    for layer in adapter.layers(model):
+        yield {path: linear.weight.detach() for path, linear in adapter.linears(layer).items()}
+
+
+def checkpoint_weights(files: CheckpointFiles, adapter: ModelAdapter, layer_count: int, device: torch.device | str) -> Iterator[dict[str, Tensor]]:
+    """Yield the target weights of every decoder layer of a checkpoint, reading one layer at a time.
+
+    Raises:
+        ValueError: if the checkpoint lacks a target.
+    """
+    names = adapter.tensor_names(layer_count, files.names())
+    for index in range(layer_count):
+        paths = {path: names[adapter.path(index, path)] for group in adapter.linear_groups.values() for path in group.readers}
+        tensors = files.read(paths.values())
+        yield {path: tensors[name].to(device) for path, name in paths.items()}
 
 
 def prune_in_sequence(
@@ -52,7 +77,8 @@ def prune_in_sequence(
     inputs = capture_decoder_inputs(model, adapter, tokens)
     for index, layer in enumerate(adapter.layers(model)):
         stats = layer_statistics(layer, adapter, inputs, batch_size)
-        pruned = prune_layer(adapter.linears(layer), adapter, stats, pattern, method)
+        weights = {path: linear.weight for path, linear in adapter.linears(layer).items()}
+        pruned = prune_layer(weights, adapter, stats, pattern, method)
         apply_layer(layer, pruned)
         advance(layer, inputs, batch_size, adapter.layer_path(index))
         yield pruned

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from permllm.calibration.statistics import ActivationStats
 from permllm.lookup import lookup
+from permllm.models.adapter import is_finite
 from permllm.permutation.heuristic import heuristic_permutation
 from permllm.permutation.permutation import Permutation
 from permllm.pruning.metrics import PRUNING_METRICS
@@ -104,6 +105,9 @@ def prune_group(
         ValueError: if a score is not finite, or a method with learned permutations is given none.
     """
     scores = {path: lookup(PRUNING_METRICS, method.score, "score")(weight, stats) for path, weight in weights.items()}
+    broken = [path for path, score in scores.items() if not is_finite(score)]
+    if broken:
+        raise ValueError(f"the scores of {', '.join(broken)} must be finite; the weights or the statistics hold NaN or infinity")
     permutation = (permutation or _find_permutation(scores, pattern, method)).canonical(pattern.group)
     if method.update is None:
         linears = {path: PrunedLinear(_permuted_mask(score, permutation, pattern)) for path, score in scores.items()}
@@ -111,7 +115,7 @@ def prune_group(
         linears = {path: _updated(weight, stats, permutation, pattern, method.update) for path, weight in weights.items()}
     kept = sum(float((scores[path] * linear.mask).sum(dtype=torch.float64)) for path, linear in linears.items())
     total = sum(float(score.sum(dtype=torch.float64)) for score in scores.values())
-    return PrunedGroup(permutation, linears, kept / total, _output_error(weights, linears, stats))
+    return PrunedGroup(permutation, linears, kept / total if total else 1.0, _output_error(weights, linears, stats))
 
 
 def _find_permutation(scores: Mapping[str, Tensor], pattern: NMPattern, method: PruningMethod) -> Permutation:
