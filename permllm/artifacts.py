@@ -74,7 +74,7 @@ def write_text(path: Path, text: str) -> None:
 
 def write_manifest(folder: Path, kind: str, record: Mapping[str, Any]) -> None:
     """Write the manifest that makes `folder` a complete artifact of the given kind. Write it last."""
-    write_json(folder / MANIFEST, {"kind": kind, "format": FORMAT, **record, "versions": versions()})
+    write_json(folder / MANIFEST, {**record, "kind": kind, "format": FORMAT, "versions": versions()})
 
 
 def read_manifest(folder: Path, kind: str) -> dict[str, Any]:
@@ -88,7 +88,7 @@ def read_manifest(folder: Path, kind: str) -> dict[str, Any]:
         record = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise StaleArtifactError(f"{folder} is not a complete {kind} artifact ({error}); run the {kind} stage again") from error
-    found = (record.get("kind"), record.get("format"))
+    found = (record.get("kind"), record.get("format")) if isinstance(record, dict) else (None, None)
     if found != (kind, FORMAT):
         raise StaleArtifactError(
             f"{path} is a {found[0]} artifact of format {found[1]}, but this version reads {kind} artifacts of format {FORMAT}; "
@@ -111,9 +111,9 @@ def fingerprint(parts: Iterable[Any]) -> str:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
         elif isinstance(part, Tensor):
             digest.update(f"{part.dtype}{tuple(part.shape)}".encode())
-            digest.update(part.detach().cpu().contiguous().view(torch.uint8).numpy())
+            digest.update(part.detach().cpu().reshape(-1).view(torch.uint8).numpy())
         else:
-            digest.update(json.dumps(part, sort_keys=True, default=str).encode())
+            digest.update(json.dumps(part, sort_keys=True).encode())
         digest.update(b"\0")
     return digest.hexdigest()[:16]
 

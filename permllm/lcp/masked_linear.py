@@ -58,7 +58,6 @@ class GroupPermutation(nn.Module):
     def __init__(self, learnable: LearnableBlockPermutation) -> None:
         super().__init__()
         self.learnable = learnable
-        self.register_buffer("start", learnable.start.order, persistent=False)
         self._value: BlockPermutation | None = None
 
     @property
@@ -101,7 +100,7 @@ class MaskedLinear(nn.Module):
         value = self.group[0].value
         order = value.permutation.order
         output = MaskedLinearFunction.apply(
-            x, value.matrix, self.original.weight, self.score, self.mask(order), order, self.group[0].start, self.pattern
+            x, value.matrix, self.original.weight, self.score, self.mask(order), order, self.group[0].learnable.start_order, self.pattern
         )
         return output if self.original.bias is None else output + self.original.bias
 

@@ -1,7 +1,7 @@
 """How permutations are learned: every switch of the training loop, and the named settings of them."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Self
 
 from permllm.lcp.objective import OBJECTIVES
@@ -59,6 +59,9 @@ class LearnConfig:
         wrong += [f"{name} is {getattr(self, name)}" for name in optional if getattr(self, name) is not None and not getattr(self, name) > 0]
         if wrong:
             raise ValueError(f"learning settings must be above 0, but {', '.join(wrong)}")
+        negative = [f"{name} is {getattr(self, name)}" for name in ("weight_decay", "sinkhorn_iterations") if not getattr(self, name) >= 0]
+        if negative:
+            raise ValueError(f"learning settings must be at least 0, but {', '.join(negative)}")
 
     @classmethod
     def from_recipe(cls, settings: Mapping[str, Any]) -> Self:
@@ -67,6 +70,9 @@ class LearnConfig:
         Raises:
             ValueError: if the recipe or a setting is unknown.
         """
+        known = {field.name: None for field in fields(cls)}
+        for name in settings:
+            lookup(known, name, "learn setting")
         recipe = settings.get("recipe", "paper")
         return cls(**{**lookup(RECIPES, recipe, "recipe"), **settings, "recipe": recipe})
 

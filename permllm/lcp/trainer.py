@@ -4,13 +4,14 @@ Only the logits of the permutations learn. The dense model's hidden states after
 computed once; every step runs the decoder layers with masked weights and pulls towards them.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from permllm.calibration.capture import DecoderInputs, advance, capture_decoder_inputs, run_layer
 from permllm.calibration.samples import CalibrationSet
@@ -19,6 +20,7 @@ from permllm.lcp.masked_linear import GroupPermutation, MaskedLinear
 from permllm.lcp.objective import OBJECTIVES
 from permllm.lcp.recipes import LearnConfig
 from permllm.lcp.schedule import cosine_decay, linear_temperature
+from permllm.lookup import lookup
 from permllm.models.adapter import ModelAdapter
 from permllm.permutation.heuristic import heuristic_permutation
 from permllm.permutation.learnable import LearnableBlockPermutation
@@ -26,6 +28,9 @@ from permllm.permutation.permutation import Permutation
 from permllm.pruning.methods import LEARNED_PERMUTATION, PrunedLayer, PruningMethod, prune_group
 from permllm.pruning.metrics import PRUNING_METRICS
 from permllm.sparsity.pattern import NMPattern
+
+if TYPE_CHECKING:  # slow to import
+    from transformers import PreTrainedModel
 
 LayerPermutations = dict[str, Permutation]  # by the name of the linear group
 
@@ -61,7 +66,7 @@ class LearningError(ArithmeticError):
 
 
 def learn_permutations(
-    model: PreTrainedModel,
+    model: "PreTrainedModel",
     adapter: ModelAdapter,
     samples: CalibrationSet,
     statistics: Sequence[LayerStats],
@@ -92,6 +97,8 @@ def learn_permutations(
     config.check_widths(widths, pattern)
     generator = torch.Generator().manual_seed(config.seed)
     training = samples.tokens[samples.training_rows][: config.sequences]
+    if config.sequences is not None and config.sequences > len(training):
+        raise ValueError(f"sequences is {config.sequences}, but the calibration has {len(training)} that are not held out")
     held_out = samples.tokens[samples.held_out_rows]
     inputs = capture_decoder_inputs(model, adapter, torch.cat([training, held_out]))
     target = DecoderInputs(inputs.hidden.clone(), inputs.keywords)
@@ -114,7 +121,7 @@ def pass_through(layers: nn.ModuleList, inputs: DecoderInputs, batch_size: int, 
 
 @contextmanager
 def masked_layers(
-    model: PreTrainedModel,
+    model: "PreTrainedModel",
     adapter: ModelAdapter,
     statistics: Sequence[LayerStats],
     pattern: NMPattern,
@@ -135,7 +142,8 @@ def masked_layers(
             start = config.start if index >= fixed else "cp"
             groups.append({})
             for name, group in adapter.linear_groups.items():
-                scores = {path: PRUNING_METRICS[score](linears[path].weight, stats[name]) for path in group.readers}
+                metric = lookup(PRUNING_METRICS, score, "score")
+                scores = {path: metric(linears[path].weight, stats[name]) for path in group.readers}
                 learnable = _start(torch.cat(list(scores.values())), start, pattern, config.block_size, generator)
                 permutation = GroupPermutation(learnable).to(model.device)
                 groups[-1][name] = permutation
@@ -193,6 +201,8 @@ class _Run:
         def close_epoch(epoch: int, training_loss: float | None, temperature: float) -> None:
             nonlocal best
             held_out_loss = self._held_out_loss(temperature)
+            if not math.isfinite(held_out_loss):
+                raise LearningError(f"the held-out loss is {held_out_loss} after epoch {epoch}; lower learning_rate, or load the model in float32")
             is_best = not history or held_out_loss < min(record.held_out_loss for record in history)
             if is_best:
                 best = [{name: group.value.permutation for name, group in layer.items()} for layer in self.groups]
@@ -208,7 +218,7 @@ class _Run:
                 self._harden(temperature)
                 loss = self._distance(rows)
                 if not loss.isfinite():
-                    raise LearningError(f"the loss is {float(loss)} at step {step} (epoch {epoch}); lower learning_rate, or load the model in float32")
+                    raise LearningError(f"the loss is {loss.item()} at step {step} (epoch {epoch}); lower learning_rate, or load the model in float32")
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 optimizer.step()
@@ -218,8 +228,11 @@ class _Run:
         return LearnResult(best, history)
 
     def _harden(self, temperature: float) -> None:
-        for group in self.learned:
-            group.update(temperature, self.config.sinkhorn_iterations)
+        try:
+            for group in self.learned:
+                group.update(temperature, self.config.sinkhorn_iterations)
+        except ValueError as error:  # of the assignment
+            raise LearningError(f"the logits of the permutations are no longer finite ({error}); lower learning_rate") from error
 
     @torch.no_grad()
     def _held_out_loss(self, temperature: float) -> float:
@@ -236,7 +249,7 @@ class _Run:
 
 
 def prune_with_permutations(
-    model: PreTrainedModel, adapter: ModelAdapter, statistics: Sequence[LayerStats], pattern: NMPattern, score: str, result: LearnResult
+    model: "PreTrainedModel", adapter: ModelAdapter, statistics: Sequence[LayerStats], pattern: NMPattern, score: str, result: LearnResult
 ) -> Iterator[PrunedLayer]:
     """Prune every layer in the learned order. The model stays as it is."""
     method = PruningMethod(score, LEARNED_PERMUTATION)
