@@ -78,7 +78,8 @@ def test_the_query_has_the_wanted_length_and_short_sentences_are_no_choices(pass
 
 def test_a_sentence_does_not_end_at_a_title_or_within_a_quotation_that_goes_on():
     answer = '"I saw Mr. Brown and Mrs. Brown at the old mill!" said the boy.'
-    texts = {f"c_{number}": f"Title\n\nThe wind blew over the hills of number {number}. {answer if number == 0 else 'They all went home again before the night fell.'}" for number in range(4)}
+    last = [answer, *(f"They all went home again before night number {number} fell." for number in range(3))]
+    texts = {f"c_{number}": f"Title\n\nThe wind blew over hill number {number}. {sentence}" for number, sentence in enumerate(last)}
     questions = continuation_questions(texts, per_passage=1, seed=0, beginning_words=5)
     assert questions[0].choices[questions[0].gold] == answer
 
@@ -87,6 +88,12 @@ def test_all_passages_and_kinds_that_are_too_small_are_named(passages: dict[str,
     passages |= {"a_1": passage("a_1", sentences=3), "b_2": "Only a title", "c_1": passage("c_1")}
     with pytest.raises(ValueError, match=r"(?s)a_1 has \d sentences.*b_2 has 0 sentences.*1 passages of kind 'c'"):
         continuation_questions(passages, per_passage=4, seed=0)
+
+
+def test_passages_that_all_say_the_same_are_refused():
+    same = {f"a_{number}": "Title\n\nIt rained. They all went home again before the night fell." for number in range(4)}
+    with pytest.raises(ValueError, match="too few other passages of kind 'a' have a sentence unlike 'They all went home"):
+        continuation_questions(same, per_passage=1, seed=0, beginning_words=2)
 
 
 @pytest.mark.parametrize(("per_passage", "message"), [(0, "per_passage is 0"), (1, "no passages")])

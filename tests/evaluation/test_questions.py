@@ -29,7 +29,7 @@ def test_every_row_of_a_third_party_file_is_a_question(task: str, third_party: P
 @pytest.mark.parametrize(
     ("task", "start", "end", "answer"),
     [
-        ("arc_easy", "Question: Which statement best explains why", "of most food webs?\nAnswer:", "Sunlight is the source of energy for nearly all ecosystems."),
+        ("arc_easy", "Question: Which piece of safety equipment", "entering the respiratory system?\nAnswer:", "breathing mask"),
         ("arc_challenge", "Question: An astronomer observes", "increase in rotation?\nAnswer:", "Planetary days will become shorter."),
         ("openbookqa", "There is most likely", " going to be fog around:", "a marsh"),
         ("rte", "Dana Reeve, the widow", "Foundation.\nQuestion: Christopher Reeve had an accident. True or False?\nAnswer:", "False"),
@@ -84,7 +84,7 @@ def test_a_malformed_row_is_named_with_its_file_and_line(wrong: dict, message: s
 def test_all_malformed_rows_are_named_at_once_up_to_a_few(tmp_path: Path):
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(["{", json.dumps({"query": "What?", "choices": ["a", "b"]}), "[]", *["{}"] * 7]))
-    with pytest.raises(ValueError, match=r"(?s)line 1: .*; line 2 has no 'gold'; line 3: .*; line 4 has no 'query'; line 5 has no 'query'; and 5 more"):
+    with pytest.raises(ValueError, match=r"line 1: .*; line 2 has no 'gold'; line 3: .*; line 4 has no 'query'; line 5 has .*; and 5 more"):
         read_questions("openbookqa", path)
 
 

@@ -123,7 +123,7 @@ def test_a_text_longer_than_the_context_loses_its_beginning_with_one_warning(
 def test_a_choice_longer_than_the_context_is_refused(
     model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast, questions: list[Question]
 ):
-    with pytest.raises(ValueError, match="arc_easy has a choice of 131 tokens, which does not fit the model's context of 128"):
+    with pytest.raises(ValueError, match="arc_easy has a choice of 131 tokens, more than the model's context of 128"):
         accuracies(model, tiny_tokenizer, {"arc_easy": [*questions, Question("Why?", ["x" * 130, "y"], 0)]}, batch_size=8)
 
 
@@ -190,7 +190,7 @@ def test_wrong_settings_are_refused_all_at_once(settings: dict, message: str):
 
 
 def test_a_single_question_is_refused(model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast, questions: list[Question]):
-    with pytest.raises(ValueError, match="arc_easy has one question; a standard error needs two"):
+    with pytest.raises(ValueError, match="arc_easy has fewer than two questions, which a standard error needs"):
         accuracies(model, tiny_tokenizer, {"arc_easy": questions[:1]}, batch_size=8)
 
 
