@@ -1,0 +1,1 @@
+"""Text, token sequences and the statistics of activations."""

@@ -1,7 +1,7 @@
 """The inputs of the first decoder layer, and stepping through the rest one layer at a time.
 
 The model's own forward runs up to its first decoder layer, once; the keyword arguments that the layer then
-receives are kept and replayed verbatim to every layer. At any time one copy of the hidden states exists.
+receives are kept and replayed verbatim. At any time one copy of the hidden states exists.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -25,11 +25,12 @@ class DecoderInputs:
 
     Attributes:
         hidden: (sequences, length, channels), input of the next decoder layer.
-        keywords: keyword arguments of a decoder layer, for one sequence; they broadcast over a batch.
+        keywords: keyword arguments of every decoder layer, for one sequence; they broadcast over a batch. Layers
+            differ where a model mixes full attention and a sliding window.
     """
 
     hidden: Tensor
-    keywords: Mapping[str, Any]
+    keywords: Mapping[nn.Module, Mapping[str, Any]]
 
 
 class _FirstLayerReached(Exception):
@@ -47,15 +48,25 @@ def capture_decoder_inputs(model: "PreTrainedModel", adapter: ModelAdapter, toke
         The hidden states of all sequences on the model's device, and the layers' keyword arguments.
     """
     hidden: list[Tensor] = []
-    keywords: dict[str, Any] = {}
+    layers = adapter.layers(model)
+    keywords: dict[nn.Module, dict[str, Any]] = {}
+
+    def keep(layer: nn.Module, arguments: tuple[Tensor, ...], named: dict[str, Any]) -> None:
+        keywords[layer] = {name: value for name, value in named.items() if name != "hidden_states"}
 
     def stop(layer: nn.Module, arguments: tuple[Tensor, ...], named: dict[str, Any]) -> None:
+        if len(arguments) > 1:
+            raise TypeError(f"{type(layer).__name__} takes {len(arguments)} positional arguments; only hidden states can be replayed")
         hidden.append(arguments[0] if arguments else named["hidden_states"])
-        if not keywords:
-            keywords.update({name: value for name, value in named.items() if name != "hidden_states"})
         raise _FirstLayerReached
 
-    handle = adapter.layers(model)[0].register_forward_pre_hook(stop, with_kwargs=True)
+    handles = [layer.register_forward_pre_hook(keep, with_kwargs=True) for layer in layers]
+    try:
+        model(tokens[:1].to(model.device), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    handle = layers[0].register_forward_pre_hook(stop, with_kwargs=True)
     try:
         for sequence in tokens:
             try:
@@ -81,7 +92,7 @@ def advance(layer: nn.Module, inputs: DecoderInputs, batch_size: int, name: str)
         ValueError: if the output holds NaN or infinity; `name` tells where.
     """
     for batch in inputs.hidden.split(batch_size):
-        batch.copy_(run_layer(layer, batch, inputs.keywords))
+        batch.copy_(run_layer(layer, batch, inputs.keywords[layer]))
     if not is_finite(inputs.hidden):
         raise ValueError(f"activations hold NaN or infinity after {name}; load the model in float32 or bfloat16, or check the checkpoint")
 
@@ -89,9 +100,7 @@ def advance(layer: nn.Module, inputs: DecoderInputs, batch_size: int, name: str)
 @contextmanager
 def observed_inputs(layer: nn.Module, observe: Mapping[str, Callable[[Tensor], None]]) -> Iterator[None]:
     """Call `observe[path]` with the input of the linear at `path` below the layer, whenever it runs."""
-    handles = [
-        layer.get_submodule(path).register_forward_pre_hook(lambda _, arguments, add=add: add(arguments[0])) for path, add in observe.items()
-    ]
+    handles = [layer.get_submodule(path).register_forward_pre_hook(lambda _, arguments, add=add: add(arguments[0])) for path, add in observe.items()]
     try:
         yield
     finally:
@@ -112,7 +121,7 @@ def layer_statistics(layer: nn.Module, adapter: ModelAdapter, inputs: DecoderInp
     observe = {group.readers[0]: accumulators[name].add for name, group in adapter.linear_groups.items()}
     with observed_inputs(layer, observe):
         for batch in inputs.hidden.split(batch_size):
-            run_layer(layer, batch, inputs.keywords)
+            run_layer(layer, batch, inputs.keywords[layer])
     return {name: accumulator.statistics() for name, accumulator in accumulators.items()}
 
 

@@ -1,5 +1,6 @@
 """Token windows drawn by seed: what a model is calibrated and learned on."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -13,6 +14,9 @@ if TYPE_CHECKING:  # slow to import
     from transformers import PreTrainedTokenizerBase
 
 
+logger = logging.getLogger(__name__)
+
+
 @dataclass(frozen=True)
 class CalibrateConfig:
     """Settings of calibration.
@@ -24,6 +28,9 @@ class CalibrateConfig:
         held_out: sequences kept aside to choose between learned permutations.
         batch_size: sequences per forward pass.
         seed: of the draw.
+
+    Raises:
+        ValueError: if a number makes no sense.
     """
 
     text: TextSource
@@ -32,6 +39,13 @@ class CalibrateConfig:
     held_out: int = 16
     batch_size: int = 1
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if min(self.sequences, self.length, self.batch_size) < 1 or not 0 <= self.held_out < self.sequences:
+            raise ValueError(
+                f"calibrate needs sequences, length and batch_size of at least 1 and fewer held_out than sequences, "
+                f"not {self.sequences}, {self.length}, {self.batch_size} and {self.held_out}"
+            )
 
 
 @dataclass(frozen=True)
@@ -95,5 +109,6 @@ def draw_windows(tokens: Tensor, sequences: int, length: int, seed: int, held_ou
     if whole >= sequences:
         starts = torch.randperm(whole, generator=generator)[:sequences] * length
     else:
+        logger.warning("the text has %d windows of %d tokens, fewer than the %d asked for: they overlap, held-out ones too", whole, length, sequences)
         starts = torch.randint(tokens.numel() - length + 1, (sequences,), generator=generator)
     return CalibrationSet(torch.stack([tokens[start : start + length] for start in starts.tolist()]), held_out)

@@ -2,6 +2,7 @@
 
 import glob
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +63,9 @@ class TextSource:
     def __post_init__(self) -> None:
         if (self.files is None) == (self.hub is None):
             raise ValueError(f"a text source needs either files or hub, not files={self.files!r} and hub={self.hub!r}")
+        given = [name for name in (("split", "documents") if self.files else ("key",)) if getattr(self, name) not in (None, "train")]
+        if given:
+            raise ValueError(f"{', '.join(given)} has no meaning for {'files' if self.files else 'a hub data set'}; take it out")
         if self.hub is not None:
             lookup(HUB_TEXTS, self.hub, "hub text")
 
@@ -98,23 +102,26 @@ def read_documents(source: TextSource) -> dict[str, str]:
 
 
 def _file_documents(source: TextSource) -> Iterator[tuple[str, str]]:
-    for path in source.paths():
+    paths = source.paths()
+    stems = Counter(path.stem for path in paths)
+    for path in paths:
+        name = path.stem if stems[path.stem] == 1 else path.with_suffix("").as_posix()
         try:
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} is not UTF-8 text ({error})") from error
         if path.suffix == ".jsonl":
-            yield from _json_lines(path, text, source.key)
+            yield from _json_lines(path, name, text, source.key)
         else:
-            yield path.stem, text
+            yield name, text
 
 
-def _json_lines(path: Path, text: str, key: str | None) -> Iterator[tuple[str, str]]:
+def _json_lines(path: Path, name: str, text: str, key: str | None) -> Iterator[tuple[str, str]]:
     # not splitlines: JSON strings may hold U+2028 and other line separators as they are
     for number, line in enumerate(text.removesuffix("\n").split("\n") if text else [], start=1):
         try:
             record = json.loads(line)
-            yield f"{path.stem}:{number}", "".join(record[part] for part in (key or "text").split("+"))
+            yield f"{name}:{number}", "".join(record[part] for part in (key or "text").split("+"))
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} line {number} is not a JSON object with text under {key or 'text'!r} ({error!r}); set key") from error
 
