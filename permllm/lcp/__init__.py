@@ -1,0 +1,1 @@
+"""Learnable channel permutations (LCP), PermLLM (NeurIPS 2025)."""

@@ -39,10 +39,11 @@ class MaskedLinearFunction(torch.autograd.Function):
         grad_x = grad @ (weight * mask) if ctx.needs_input_grad[0] else None
         grad_mask = grad.flatten(0, -2).t() @ x.flatten(0, -2)
         grad_mask = (grad_mask * weight).to(score.dtype)
-        permuted_score = score[:, order]
-        grad_score = group_softmax_gradient(group_softmax(permuted_score, ctx.pattern), grad_mask[:, order], ctx.pattern)
-        grad_matrix = _block_product(grad_mask[:, start], mask[:, order].to(score.dtype), ctx.matrix_shape)
-        grad_matrix += _block_product(score[:, start], grad_score, ctx.matrix_shape)
+        soft_mask = group_softmax(score.index_select(1, order), ctx.pattern)
+        grad_score = group_softmax_gradient(soft_mask, grad_mask.index_select(1, order), ctx.pattern)
+        permuted_mask = mask.index_select(1, order).to(score.dtype)
+        grad_matrix = _block_product(grad_mask.index_select(1, start), permuted_mask, ctx.matrix_shape)
+        grad_matrix += _block_product(score.index_select(1, start), grad_score, ctx.matrix_shape)
         return grad_x, grad_matrix.to(ctx.matrix_dtype), None, None, None, None, None, None
 
 
@@ -108,6 +109,8 @@ class MaskedLinear(nn.Module):
     def mask(self, order: Tensor) -> Tensor:
         """Return the mask of a channel order, in the original order; chosen anew only when the order changed."""
         if self._order is None or not torch.equal(self._order, order):
-            self._mask = torch.empty_like(self.score, dtype=torch.bool).index_copy_(1, order, nm_mask(self.score[:, order], self.pattern))
+            self._mask = torch.empty_like(self.score, dtype=torch.bool).index_copy_(
+                1, order, nm_mask(self.score.index_select(1, order), self.pattern)
+            )
             self._order = order
         return self._mask

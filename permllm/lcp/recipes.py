@@ -70,11 +70,7 @@ class LearnConfig:
         Raises:
             ValueError: if the recipe or a setting is unknown.
         """
-        known = {field.name: None for field in fields(cls)}
-        for name in settings:
-            lookup(known, name, "learn setting")
-        recipe = settings.get("recipe", "paper")
-        return cls(**{**lookup(RECIPES, recipe, "recipe"), **settings, "recipe": recipe})
+        return cls(**with_recipe(settings))
 
     def rate(self, score: str) -> float:
         """Return the learning rate for a score: the one set, or the published one."""
@@ -98,3 +94,16 @@ class LearnConfig:
 # PermLLM (NeurIPS 2025), section 5; the release draws its first permutations at random.
 PUBLISHED_LEARNING_RATES = {"magnitude": 1e-3, "wanda": 1e-3, "ria": 5e-3}
 RECIPES: dict[str, dict[str, Any]] = {"paper": {}}
+
+
+def with_recipe(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Fill what `settings` leaves open from the recipe that they name.
+
+    Raises:
+        ValueError: if the recipe or a setting is unknown.
+    """
+    known = {field.name: None for field in fields(LearnConfig)}
+    for name in settings:
+        lookup(known, name, "learn setting")
+    recipe = settings.get("recipe", "paper")
+    return {**lookup(RECIPES, recipe, "recipe"), **settings, "recipe": recipe}

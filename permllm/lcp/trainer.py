@@ -25,14 +25,12 @@ from permllm.models.adapter import ModelAdapter
 from permllm.permutation.heuristic import heuristic_permutation
 from permllm.permutation.learnable import LearnableBlockPermutation
 from permllm.permutation.permutation import Permutation
-from permllm.pruning.methods import LEARNED_PERMUTATION, PrunedLayer, PruningMethod, prune_group
+from permllm.pruning.methods import LayerPermutations
 from permllm.pruning.metrics import PRUNING_METRICS
 from permllm.sparsity.pattern import NMPattern
 
 if TYPE_CHECKING:  # slow to import
     from transformers import PreTrainedModel
-
-LayerPermutations = dict[str, Permutation]  # by the name of the linear group
 
 
 @dataclass(frozen=True)
@@ -218,7 +216,9 @@ class _Run:
                 self._harden(temperature)
                 loss = self._distance(rows)
                 if not loss.isfinite():
-                    raise LearningError(f"the loss is {loss.item()} at step {step} (epoch {epoch}); lower learning_rate, or load the model in float32")
+                    raise LearningError(
+                        f"the loss is {loss.item()} at step {step} (epoch {epoch}); lower learning_rate, or load the model in float32"
+                    )
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 optimizer.step()
@@ -244,18 +244,5 @@ class _Run:
         rows = rows.to(self.target.device)
         hidden = self.inputs.hidden[rows]
         for layer in self.layers:
-            hidden = run_layer(layer, hidden, self.inputs.keywords)
+            hidden = run_layer(layer, hidden, self.inputs.keywords[layer])
         return OBJECTIVES[self.config.objective](hidden, self.target[rows])
-
-
-def prune_with_permutations(
-    model: "PreTrainedModel", adapter: ModelAdapter, statistics: Sequence[LayerStats], pattern: NMPattern, score: str, result: LearnResult
-) -> Iterator[PrunedLayer]:
-    """Prune every layer in the learned order. The model stays as it is."""
-    method = PruningMethod(score, LEARNED_PERMUTATION)
-    for layer, stats, permutations in zip(adapter.layers(model), statistics, result.permutations, strict=True):
-        linears = adapter.linears(layer)
-        yield {
-            name: prune_group({path: linears[path].weight for path in group.readers}, stats[name], pattern, method, permutations[name])
-            for name, group in adapter.linear_groups.items()
-        }

@@ -1,0 +1,1 @@
+"""N:M patterns and masks."""

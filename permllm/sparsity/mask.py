@@ -41,7 +41,9 @@ def nm_mask(score: Tensor, pattern: NMPattern) -> Tensor:
 
 def group_softmax(score: Tensor, pattern: NMPattern) -> Tensor:
     """Relax `nm_mask`: softmax over every group of M. (..., in) to (..., in)."""
-    return score.unflatten(-1, (-1, pattern.group)).softmax(-1).flatten(-2)
+    # M apart in memory: a softmax over a last dimension of 4 takes ten times as long
+    channel_first = score.unflatten(-1, (-1, pattern.group)).transpose(-1, -2).contiguous()
+    return channel_first.softmax(-2).transpose(-1, -2).flatten(-2)
 
 
 def group_softmax_gradient(softmax: Tensor, grad: Tensor, pattern: NMPattern) -> Tensor:

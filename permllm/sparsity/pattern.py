@@ -56,6 +56,5 @@ class NMPattern:
         misfits = [f"{name} has {width}" for name, width in in_channels.items() if width % self.group]
         if misfits:
             raise ValueError(
-                f"{self} sparsity needs input channels in multiples of {self.group}, but {', '.join(misfits)}; "
-                "choose a pattern whose M divides them"
+                f"{self} sparsity needs input channels in multiples of {self.group}, but {', '.join(misfits)}; choose a pattern whose M divides them"
             )
