@@ -23,7 +23,11 @@ def benchmark(params: Params, setting: Setting) -> dict[str, Any]:
     shapes = Counter((linear.out_features, linear.in_features) for layer in adapter.layers(skeleton) for linear in adapter.linears(layer).values())
     device = resolve_device(model_params.device)
     rows = list(measure_linears(shapes, NMPattern.parse(setting.pattern), DTYPES[model_params.dtype], device, model_params.benchmark))
-    machine = {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu", "threads": torch.get_num_threads(), "dtype": model_params.dtype}
+    machine = {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+        "dtype": model_params.dtype,
+    }
     with replacing_folder(setting.path("benchmark")) as folder:
         write_json(folder / "latency.json", {"machine": machine, "versions": versions(), "rows": rows})
     return {"rows": len(rows)}

@@ -10,10 +10,11 @@ from flows.paths import Setting
 from flows.prune import open_calibration, pruning_record
 from flows.stage import logger, run_stage
 from permllm.artifacts import replacing_folder
-from permllm.lcp.trainer import EpochRecord, learn_permutations, prune_with_permutations
+from permllm.lcp.trainer import EpochRecord, learn_permutations
 from permllm.models.families import adapter_of
 from permllm.models.loading import load_model
 from permllm.params import Params
+from permllm.pruning.layerwise import model_weights, prune_in_parallel
 from permllm.pruning.storage import save_pruning
 from permllm.sparsity.pattern import NMPattern
 
@@ -37,7 +38,8 @@ def learn(params: Params, setting: Setting) -> dict[str, Any]:
             bar.update(record.epoch > 0)
 
         result = learn_permutations(model, adapter, calibration.samples, calibration.statistics, pattern, method.score, config, record_epoch)
-    layers = prune_with_permutations(model, adapter, calibration.statistics, pattern, method.score, result)
+    weights = model_weights(model, adapter)
+    layers = prune_in_parallel(weights, adapter, calibration.statistics, pattern, method.pruning(), result.permutations)
     with replacing_folder(setting.path("prune")) as folder:
         quality = save_pruning(folder, layers, pruning_record(setting, params, calibration, asdict(config)))
     best = min(result.history, key=lambda record: record.held_out_loss)

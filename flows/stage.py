@@ -1,9 +1,7 @@
 """What the commands of all stages share: arguments, parameters, the log, the metrics file, and no orphans."""
 
 import argparse
-import ctypes
 import logging
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -12,13 +10,13 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 from flows.paths import Setting
+from flows.processes import die_with_parent
 from permllm.artifacts import write_json
 from permllm.params import Params
 
 Item = TypeVar("Item")
 StageFunction = Callable[[Params, Setting], dict[str, Any]]
 logger = logging.getLogger("permllm")
-PR_SET_PDEATHSIG = 1
 
 
 def run_stage(name: str, stage: StageFunction, arguments: tuple[str, ...], argv: list[str] | None = None) -> None:
@@ -28,7 +26,7 @@ def run_stage(name: str, stage: StageFunction, arguments: tuple[str, ...], argv:
         name: of the stage; the same word in params.yaml, dvc.yaml and below data/.
         arguments: which of model, pattern and method the command takes.
     """
-    _die_with_parent()
+    die_with_parent()  # a killed `dvc` must not leave a stage on the GPU
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
     for noisy in ("httpx", "datasets", "lm_eval"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
@@ -56,9 +54,3 @@ def progress(items: Iterable[Item], what: str, total: int) -> Iterator[Item]:
         yield item
         elapsed = time.perf_counter() - started
         logger.info("%s %d/%d, %.1f s, about %.0f s left", what, number, total, elapsed, elapsed / number * (total - number))
-
-
-def _die_with_parent() -> None:
-    """Ask the kernel to end this process when its parent dies: a killed `dvc` must not leave a stage on the GPU."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from permllm.calibration.capture import dense_statistics
 from permllm.calibration.samples import draw_windows, tokenize
 from permllm.lcp.recipes import LearnConfig
-from permllm.lcp.trainer import EpochRecord, learn_permutations, prune_with_permutations
+from permllm.lcp.trainer import EpochRecord, learn_permutations
 from permllm.models.adapter import check_finite
 from permllm.models.families import adapter_of
 from permllm.models.loading import check_length, context_length
@@ -65,7 +65,7 @@ def prune(
         pattern: "N:M", N kept of every M.
         score: `magnitude`, `wanda` or `ria`.
         permutation: `identity`, `cp` (heuristic) or `lcp` (learned).
-        update: None, or `sparsegpt` to update the kept weights (not with `lcp`).
+        update: None, or `sparsegpt` to update the kept weights.
         sequences: calibration sequences; with `lcp` one eighth of them is held out to choose the best epoch.
         length: tokens per sequence; None for the model's context, at most 1024.
         learn: settings of `lcp`; None for the paper's recipe.
@@ -89,16 +89,9 @@ def prune(
     check_length(length, model.config, "length")
     samples = draw_windows(tokenize(texts, tokenizer), sequences, length, seed, math.ceil(sequences / 8) if method.is_learned else 0)
     statistics = list(dense_statistics(model, adapter, samples.tokens[samples.training_rows], batch_size))
-    history: list[EpochRecord] = []
-    if method.is_learned:
-        learned = learn_permutations(model, adapter, samples, statistics, parsed, score, config)
-        history = learned.history
-        pruned = list(prune_with_permutations(model, adapter, statistics, parsed, score, learned))
-    else:
-        pruned = list(prune_in_parallel(model_weights(model, adapter), adapter, statistics, parsed, method))
-    groups = {
-        adapter.path(index, path): group for index, layer in enumerate(pruned) for group in layer.values() for path in group.linears
-    }
+    learned = learn_permutations(model, adapter, samples, statistics, parsed, score, config) if method.is_learned else None
+    pruned = list(prune_in_parallel(model_weights(model, adapter), adapter, statistics, parsed, method, learned and learned.permutations))
+    groups = {adapter.path(index, path): group for index, layer in enumerate(pruned) for group in layer.values() for path in group.linears}
     for layer, decided in zip(adapter.layers(model), pruned, strict=True):
         apply_layer(layer, decided)
     return PruneResult(
@@ -106,5 +99,5 @@ def prune(
         {path: group.permutation for path, group in groups.items()},
         {path: group.retained_score for path, group in groups.items()},
         {path: group.output_error for path, group in groups.items()},
-        history,
+        learned.history if learned else [],
     )

@@ -137,9 +137,11 @@ def need_disk(folder: Path, needed_bytes: int) -> None:
 def replacing_folder(folder: Path) -> Iterator[Path]:
     """Yield an empty folder that takes the place of `folder` when the body succeeds.
 
-    What was there stays as it is when the body fails or the process dies; a new try starts empty.
+    What was there stays when the body fails or the process dies; a new try starts empty.
     """
     partial, old = folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.old.partial")
+    if old.exists() and not folder.exists():  # the process died between the two renames below
+        old.rename(folder)
     for leftover in (partial, old):
         shutil.rmtree(leftover, ignore_errors=True)
     partial.mkdir(parents=True)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -12,7 +12,7 @@ from permllm.benchmark.latency import BenchmarkConfig
 from permllm.calibration.samples import CalibrateConfig
 from permllm.calibration.texts import TextSource
 from permllm.evaluation.evaluate import EvaluateConfig, PerplexityConfig, ZeroShotConfig
-from permllm.lcp.recipes import LearnConfig
+from permllm.lcp.recipes import LearnConfig, with_recipe
 from permllm.lookup import lookup
 from permllm.models.families import adapter_of
 from permllm.models.loading import ModelSource, check_length, load_skeleton
@@ -21,6 +21,7 @@ from permllm.pruning.methods import PruningMethod
 from permllm.sparsity.pattern import NMPattern
 
 DENSE = "dense"
+Config = TypeVar("Config")
 
 
 @dataclass(frozen=True)
@@ -95,13 +96,24 @@ class Params:
             raise ValueError("; ".join(dict.fromkeys(problems)))
 
     def _run_problems(self) -> list[str]:
-        wrong = [f"method {name} of run.one_shot learns its permutations: move it to run.learned" for name in self.run.one_shot if self.method(name).pruning().is_learned]
-        wrong += [f"method {name} of run.learned has no permutation lcp: move it to run.one_shot" for name in self.run.learned if not self.method(name).pruning().is_learned]
+        wrong = [
+            f"method {name} of run.one_shot learns its permutations: move it to run.learned"
+            for name in self.run.one_shot
+            if self.method(name).pruning().is_learned
+        ]
+        wrong += [
+            f"method {name} of run.learned has no permutation lcp: move it to run.one_shot"
+            for name in self.run.learned
+            if not self.method(name).pruning().is_learned
+        ]
         if sorted(self.run.methods) != sorted((*self.run.one_shot, *self.run.learned)):
             wrong.append("run.methods must list what run.one_shot and run.learned list together")
         for model in self.run.models:
             for name in self.run.learned:
-                wrong += [f"learn settings of {model} and {name}: {problem}" for problem in _problems(lambda model=model, name=name: self.learn(model, name))]
+                wrong += [
+                    f"learn settings of {model} and {name}: {problem}"
+                    for problem in _problems(lambda model=model, name=name: self.learn(model, name))
+                ]
         return wrong
 
     @classmethod
@@ -120,13 +132,9 @@ class Params:
     @classmethod
     def parse(cls, record: Any, origin: str = "params") -> Self:
         """Check a parameter record; see `read`."""
-        for config in (cls, RunParams, MethodParams, ModelParams, CalibrateConfig, PruneConfig, BenchmarkConfig, EvaluateConfig, PerplexityConfig, ZeroShotConfig, TextSource):
+        for config in (cls, *SECTIONS):
             config.__pydantic_config__ = ConfigDict(extra="forbid")
-        try:
-            return TypeAdapter(cls).validate_python(record)
-        except ValidationError as error:
-            problems = [f"{'.'.join(map(str, problem['loc'])) or 'it'}: {problem['msg'].removeprefix('Value error, ')}" for problem in error.errors()]
-            raise ValueError(f"{origin} cannot be used: {'; '.join(problems)}") from error
+        return _checked(cls, record, origin)
 
     def model(self, name: str) -> ModelParams:
         """Return the settings of a model."""
@@ -142,10 +150,12 @@ class Params:
         Raises:
             ValueError: if a setting is unknown or makes no sense.
         """
-        try:
-            return LearnConfig.from_recipe({**self.model(model).learn, **self.method(method).learn})
-        except TypeError as error:
-            raise ValueError(f"unknown learn setting ({error})") from error
+        settings = with_recipe({**self.model(model).learn, **self.method(method).learn})
+        config = _checked(LearnConfig, settings, f"learn of {model} and {method}")
+        available = self.model(model).calibrate.sequences - self.model(model).calibrate.held_out
+        if config.sequences is not None and config.sequences > available:
+            raise ValueError(f"sequences is {config.sequences}, but the calibration has {available} that are not held out")
+        return config
 
     def check_model(self, name: str) -> None:
         """Check everything that a run of a model will need, before the first stage starts.
@@ -172,6 +182,20 @@ class Params:
         problems = [problem for check in checks for problem in _problems(check)]
         if problems:
             raise ValueError(f"model {name}: {'; '.join(dict.fromkeys(problems))}")
+
+
+SECTIONS = (
+    RunParams, MethodParams, ModelParams, CalibrateConfig, PruneConfig, BenchmarkConfig, EvaluateConfig, PerplexityConfig, ZeroShotConfig, TextSource,
+)  # fmt: skip
+
+
+def _checked(config: type[Config], record: Any, origin: str) -> Config:
+    """Make a dataclass of a record, its types checked; all offenders are named at once."""
+    try:
+        return TypeAdapter(config).validate_python(record)
+    except ValidationError as error:
+        problems = [f"{'.'.join(map(str, problem['loc'])) or 'it'}: {problem['msg'].removeprefix('Value error, ')}" for problem in error.errors()]
+        raise ValueError(f"{origin} cannot be used: {'; '.join(problems)}") from error
 
 
 def _problems(check: Any) -> list[str]:

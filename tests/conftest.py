@@ -35,8 +35,9 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 VOCABULARY = ["<unk>", "<eos>", *(chr(code) for code in range(32, 127))]  # 97 entries: printable ASCII, a character each
 
 SHARED = {"vocab_size": len(VOCABULARY), "hidden_size": 32, "max_position_embeddings": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
-GATED = {**SHARED, "intermediate_size": 48, "num_key_value_heads": 2, "head_dim": 8, "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 1}
-FEED_FORWARD = {**SHARED, "ffn_dim": 48, "dropout": 0.0, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
+SHARED |= {"bos_token_id": 1, "eos_token_id": 1}
+GATED = {**SHARED, "intermediate_size": 48, "num_key_value_heads": 2, "head_dim": 8, "tie_word_embeddings": False}
+FEED_FORWARD = {**SHARED, "ffn_dim": 48, "dropout": 0.0, "pad_token_id": 0}
 
 FAMILIES = {
     "llama": (LlamaForCausalLM, LlamaConfig, GATED),

@@ -13,7 +13,7 @@ TEXTS = ["The quick brown fox jumps over the lazy dog. " * 40]
 SETTINGS = {"sequences": 8, "length": 32, "batch_size": 4}
 
 
-@pytest.mark.parametrize(("permutation", "update"), [("identity", None), ("cp", None), ("cp", "sparsegpt"), ("lcp", None)])
+@pytest.mark.parametrize(("permutation", "update"), [("identity", None), ("cp", None), ("cp", "sparsegpt"), ("lcp", None), ("lcp", "sparsegpt")])
 def test_every_target_becomes_nm_sparse_in_its_order(model, tiny_tokenizer, permutation, update):
     learn = LearnConfig(block_size=16, epochs=1, batch_size=4)
     result = permllm.prune(model, tiny_tokenizer, TEXTS, "2:4", "wanda", permutation, update, learn=learn, **SETTINGS)

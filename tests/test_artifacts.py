@@ -39,6 +39,15 @@ def test_a_file_appears_only_when_it_is_complete(tmp_path):
     assert path.read_text() == "new" and list(path.parent.iterdir()) == [path]
 
 
+def test_who_has_the_old_file_open_reads_it_to_its_end(tmp_path):
+    path = tmp_path / "record.json"
+    path.write_text("old")
+    with path.open() as reader:
+        with replacing(path) as partial:
+            partial.write_text("new")
+        assert reader.read() == "old" and path.read_text() == "new"
+
+
 def test_a_record_that_json_cannot_hold_leaves_the_old_file(tmp_path):
     path = tmp_path / "record.json"
     write_json(path, {"old": 1})

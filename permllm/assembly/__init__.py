@@ -1,0 +1,1 @@
+"""Checkpoints that a pruned model leaves."""

@@ -142,4 +142,3 @@ def _write_record(folder: Path, pruning: SavedPruning) -> None:
     write_tensors(folder / "masks.safetensors", masks)
     record = {name: value for name, value in pruning.manifest.items() if name not in ("kind", "format", "versions")}
     write_manifest(folder, KIND, record)
-

@@ -82,7 +82,10 @@ def measure_linears(
         reason = why_unavailable(device, dtype, pattern, out_channels, in_channels)
         if reason is None:
             packed = pack_semi_structured(masked)
-            kernels["semi_structured"] = (lambda x, packed=packed, order=permutation: linear(gather_channels(x, order), packed), masked.nbytes * 9 // 16)
+            kernels["semi_structured"] = (
+                lambda x, packed=packed, order=permutation: linear(gather_channels(x, order), packed),
+                masked.nbytes * 9 // 16,
+            )
         for tokens in config.tokens:
             x = torch.randn(tokens, in_channels, generator=generator).to(device, dtype)
             row = {"out_channels": out_channels, "in_channels": in_channels, "linears": linears, "tokens": tokens}

@@ -1,0 +1,1 @@
+"""What runs a permuted or sparse product fast, where the machine has it."""

@@ -1,0 +1,1 @@
+"""Model families, checkpoints and loading: the only place that names a family."""

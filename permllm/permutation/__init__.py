@@ -1,0 +1,1 @@
+"""Channel orders: values, relaxations, assignments, learnable ones and heuristics."""

@@ -1,0 +1,1 @@
+"""One-shot pruning: scores, updates, linear groups, whole models."""

@@ -10,7 +10,7 @@ from permllm.calibration.capture import advance, capture_decoder_inputs, layer_s
 from permllm.calibration.statistics import LayerStats
 from permllm.models.adapter import ModelAdapter
 from permllm.models.checkpoint_files import CheckpointFiles
-from permllm.pruning.methods import PrunedLayer, PruningMethod, prune_group
+from permllm.pruning.methods import LayerPermutations, PrunedLayer, PruningMethod, prune_group
 from permllm.sparsity.pattern import NMPattern
 
 
@@ -27,25 +27,37 @@ class PruneConfig:
 
 
 def prune_layer(
-    weights: Mapping[str, Tensor], adapter: ModelAdapter, stats: LayerStats, pattern: NMPattern, method: PruningMethod
+    weights: Mapping[str, Tensor],
+    adapter: ModelAdapter,
+    stats: LayerStats,
+    pattern: NMPattern,
+    method: PruningMethod,
+    permutations: LayerPermutations | None = None,
 ) -> PrunedLayer:
-    """Prune the linears of one decoder layer: their weights by path below it, the statistics by group."""
+    """Prune the linears of one decoder layer: weights by path below it, statistics and learned permutations by group."""
     return {
-        name: prune_group({path: weights[path] for path in group.readers}, stats[name], pattern, method)
+        name: prune_group({path: weights[path] for path in group.readers}, stats[name], pattern, method, permutations and permutations[name])
         for name, group in adapter.linear_groups.items()
     }
 
 
 def prune_in_parallel(
-    weights: Iterable[Mapping[str, Tensor]], adapter: ModelAdapter, statistics: Iterable[LayerStats], pattern: NMPattern, method: PruningMethod
+    weights: Iterable[Mapping[str, Tensor]],
+    adapter: ModelAdapter,
+    statistics: Iterable[LayerStats],
+    pattern: NMPattern,
+    method: PruningMethod,
+    permutations: Iterable[LayerPermutations] | None = None,
 ) -> Iterator[PrunedLayer]:
     """Prune every layer from the statistics of the dense model, one at a time.
 
     Args:
         weights: of the target linears of each decoder layer, by path below it.
+        permutations: of each decoder layer, for a method that has learned them.
     """
+    learned = None if permutations is None else iter(permutations)
     for layer, stats in zip(weights, statistics, strict=True):
-        yield prune_layer(layer, adapter, stats, pattern, method)
+        yield prune_layer(layer, adapter, stats, pattern, method, learned and next(learned))
 
 
 def model_weights(model: nn.Module, adapter: ModelAdapter) -> Iterator[dict[str, Tensor]]:

@@ -86,6 +86,7 @@ class PrunedGroup:
 
 
 PrunedLayer = dict[str, PrunedGroup]  # by the name of the linear group
+LayerPermutations = dict[str, Permutation]  # likewise
 
 
 def prune_group(
@@ -108,7 +109,9 @@ def prune_group(
     broken = [path for path, score in scores.items() if not is_finite(score)]
     if broken:
         raise ValueError(f"the scores of {', '.join(broken)} must be finite; the weights or the statistics hold NaN or infinity")
-    permutation = (permutation or _find_permutation(scores, pattern, method)).canonical(pattern.group)
+    if permutation is None:
+        permutation = _find_permutation(scores, pattern, method)
+    permutation = permutation.canonical(pattern.group)
     if method.update is None:
         linears = {path: PrunedLinear(_permuted_mask(score, permutation, pattern)) for path, score in scores.items()}
     else:

@@ -1,0 +1,1 @@
+"""The comparison of methods: rows, table, figures."""

@@ -21,7 +21,11 @@ def perplexity_figure(rows: Sequence[Row]) -> Figure:
     for axes, sparsity in zip(figure.subplots(1, len(sparsities), squeeze=False, sharey=True)[0], sparsities, strict=True):
         dense = next(row.perplexity for row in rows if row.sparsity == sparsity and row.method == DENSE)
         pruned = [row for row in rows if row.sparsity == sparsity and row.method != DENSE]
-        bars = axes.barh([row.method for row in pruned], [row.perplexity for row in pruned], color=[BLUE if "permllm" in row.method else "#a9c5d6" for row in pruned])
+        bars = axes.barh(
+            [row.method for row in pruned],
+            [row.perplexity for row in pruned],
+            color=[BLUE if "permllm" in row.method else "#a9c5d6" for row in pruned],
+        )
         axes.bar_label(bars, fmt="%.1f", padding=2, fontsize=8)
         axes.axvline(dense, color=ORANGE, linewidth=1.2, label=f"dense {dense:.1f}")
         axes.set_xlim(left=dense * 0.9, right=max(row.perplexity for row in pruned) * 1.08)

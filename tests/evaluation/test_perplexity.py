@@ -1,7 +1,6 @@
 import math
 
 import pytest
-import torch
 
 from permllm.evaluation.perplexity import perplexity
 

@@ -69,9 +69,7 @@ def test_accuracies_are_those_of_log_likelihoods_summed_by_hand(
     assert result["rte"] == pytest.approx({**raw, "questions": 12})
 
 
-def test_continuation_is_scored_by_what_the_query_adds(
-    model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast, questions: list[Question]
-):
+def test_continuation_is_scored_by_what_the_query_adds(model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast, questions: list[Question]):
     given = [conditional(model, tiny_tokenizer, question) for question in questions]
     alone = [unconditional(model, tiny_tokenizer, question) for question in questions]
     gains = [[a - b for a, b in zip(*rows, strict=True)] for rows in zip(given, alone, strict=True)]
@@ -120,9 +118,7 @@ def test_a_text_longer_than_the_context_loses_its_beginning_with_one_warning(
     ]
 
 
-def test_a_choice_longer_than_the_context_is_refused(
-    model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast, questions: list[Question]
-):
+def test_a_choice_longer_than_the_context_is_refused(model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast, questions: list[Question]):
     with pytest.raises(ValueError, match="arc_easy has a choice of 131 tokens, more than the model's context of 128"):
         accuracies(model, tiny_tokenizer, {"arc_easy": [*questions, Question("Why?", ["x" * 130, "y"], 0)]}, batch_size=8)
 

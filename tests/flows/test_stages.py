@@ -17,7 +17,13 @@ from permllm.sparsity.mask import is_nm_sparse
 from permllm.sparsity.pattern import NMPattern
 
 PARAMS = {
-    "run": {"models": ["tiny"], "patterns": ["2:4"], "one_shot": ["wanda", "sparsegpt+cp"], "learned": ["permllm"], "methods": ["wanda", "sparsegpt+cp", "permllm"]},
+    "run": {
+        "models": ["tiny"],
+        "patterns": ["2:4"],
+        "one_shot": ["wanda", "sparsegpt+cp"],
+        "learned": ["permllm"],
+        "methods": ["wanda", "sparsegpt+cp", "permllm"],
+    },
     "methods": {
         "wanda": {"score": "wanda"},
         "sparsegpt+cp": {"update": "sparsegpt", "permutation": "cp"},
@@ -103,7 +109,10 @@ def test_the_whole_pipeline_runs_on_a_tiny_model(project: Path):
         ("run/patterns", ["4:2", "0:4", "a:b"], "4:2 needs 0 < N < M.*0:4 needs 0 < N < M.*'a:b' is not of the form N:M"),
         ("run/patterns", ["3:5"], "multiples of 5, but model.layers.0.self_attn.q_proj has 32.*model.layers.2.mlp.down_proj has 48"),
         ("models/tiny/learn/block_size", 24, "block_size 24 does not divide.*q_proj has 32.*block sizes that fit all layers: 4, 8, 16"),
-        ("models/tiny/learn/block_sise", 24, "unknown learn setting.*block_sise"),
+        ("models/tiny/learn/block_sise", 24, "unknown learn setting .block_sise.*did you mean .block_size"),
+        ("models/tiny/learn/epochs", 2.5, "epochs: Input should be a valid integer"),
+        ("models/tiny/learn/sequences", 9, "sequences is 9, but the calibration has 8 that are not held out"),
+        ("models/tiny/calibrate/held_out", 12, "fewer held_out than sequences"),
         ("models/tiny/calibrate/length", 128, "calibrate.length is 128 tokens.*2 to 64"),
         ("models/tiny/calibrate/sequences", 10_000, "too few for 10000 sequences of 32"),
         ("models/tiny/calibrate/text", {"files": "nowhere/*.txt"}, r"no text file matches 'nowhere/\*.txt'"),

@@ -9,7 +9,9 @@ from permllm.lcp.schedule import cosine_decay, linear_temperature
 from permllm.sparsity.pattern import NMPattern
 
 
-@pytest.mark.parametrize("name", ["block_size", "epochs", "batch_size", "temperature_start", "temperature_end", "sequences", "learning_rate", "last_layers"])
+@pytest.mark.parametrize(
+    "name", ["block_size", "epochs", "batch_size", "temperature_start", "temperature_end", "sequences", "learning_rate", "last_layers"]
+)
 @pytest.mark.parametrize("value", [0, -1])
 def test_settings_that_must_be_positive_are_named(name, value):
     with pytest.raises(ValueError, match=rf"learning settings must be above 0, but {name} is {value}"):
@@ -27,7 +29,9 @@ def test_settings_that_must_not_be_negative_are_named(name, value):
         LearnConfig(**{name: value})
 
 
-@pytest.mark.parametrize(("name", "value", "known"), [("start", "none", "cp, identity, random"), ("recipe", "papr", "paper"), ("objective", "mse", "cosine")])
+@pytest.mark.parametrize(
+    ("name", "value", "known"), [("start", "none", "cp, identity, random"), ("recipe", "papr", "paper"), ("objective", "mse", "cosine")]
+)
 def test_unknown_choices_list_the_known_ones(name, value, known):
     with pytest.raises(ValueError, match=rf"unknown {name} '{value}': choose one of .*{known}"):
         LearnConfig(**{name: value})

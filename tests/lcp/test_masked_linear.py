@@ -120,7 +120,8 @@ def test_the_mask_in_the_original_order_is_that_of_the_permuted_score():
 
 def test_every_update_changes_what_all_linears_of_the_group_do():
     pattern, group = NMPattern(2, 4), GroupPermutation(learnable(8))
-    linears = [MaskedLinear(nn.Linear(CHANNELS, OUT_CHANNELS).double(), normal(OUT_CHANNELS, CHANNELS, seed=i).abs(), group, pattern) for i in range(2)]
+    scores = [normal(OUT_CHANNELS, CHANNELS, seed=seed).abs() for seed in range(2)]
+    linears = [MaskedLinear(nn.Linear(CHANNELS, OUT_CHANNELS).double(), score, group, pattern) for score in scores]
     x = normal(1, CHANNELS, seed=9)
     group.update(0.5, 5)
     before = [linear(x) for linear in linears]
@@ -134,7 +135,8 @@ def test_every_update_changes_what_all_linears_of_the_group_do():
 def test_a_fixed_permutation_gets_no_gradient():
     group = GroupPermutation(learnable(8))
     group.fix(group.learnable.start)
-    masked = MaskedLinear(nn.Linear(CHANNELS, OUT_CHANNELS).double().requires_grad_(False), normal(OUT_CHANNELS, CHANNELS, seed=2), group, NMPattern(2, 4))
+    frozen = nn.Linear(CHANNELS, OUT_CHANNELS).double().requires_grad_(False)
+    masked = MaskedLinear(frozen, normal(OUT_CHANNELS, CHANNELS, seed=2), group, NMPattern(2, 4))
     assert not masked(normal(1, CHANNELS, seed=3)).requires_grad
 
 

@@ -10,7 +10,7 @@ from permllm.calibration.samples import CalibrationSet
 from permllm.lcp import trainer
 from permllm.lcp.objective import cosine_distance
 from permllm.lcp.recipes import LearnConfig
-from permllm.lcp.trainer import LearningError, learn_permutations, masked_layers, prune_with_permutations
+from permllm.lcp.trainer import LearningError, learn_permutations, masked_layers
 from permllm.models.families import adapter_of
 from permllm.permutation.heuristic import heuristic_permutation
 from permllm.pruning.layerwise import apply_layer, model_weights, prune_in_parallel
@@ -38,6 +38,10 @@ def learn(model, adapter, samples):
     return run
 
 
+def prune_learned(model, adapter, statistics, result):
+    return prune_in_parallel(model_weights(model, adapter), adapter, statistics, PATTERN, PruningMethod("wanda", "lcp"), result.permutations)
+
+
 def last_hidden(model, adapter, tokens):
     """Return what the last decoder layer puts out in the model's own forward."""
     seen = []
@@ -52,7 +56,7 @@ def measured_loss(dense, sparse, samples, rows, result):
     """Prune `sparse` with learned permutations and return the distance of its output to the dense model's."""
     adapter = adapter_of(dense)
     statistics = list(dense_statistics(dense, adapter, samples.tokens, 4))
-    layers = prune_with_permutations(dense, adapter, statistics, PATTERN, "wanda", result)
+    layers = prune_learned(dense, adapter, statistics, result)
     for layer, pruned in zip(adapter.layers(sparse), layers, strict=True):
         apply_layer(layer, pruned)
     tokens = samples.tokens[rows]
@@ -68,7 +72,8 @@ def test_the_reported_loss_is_that_of_the_pruned_model_on_the_held_out_sequences
 
 def test_the_start_of_identity_is_one_shot_pruning_without_a_permutation(learn, model, adapter, family, tiny_model, samples):
     start = learn(start="identity", epochs=1).history[0]
-    layers = prune_in_parallel(model_weights(model, adapter), adapter, dense_statistics(model, adapter, samples.tokens, 4), PATTERN, PruningMethod("wanda"))
+    statistics = dense_statistics(model, adapter, samples.tokens, 4)
+    layers = prune_in_parallel(model_weights(model, adapter), adapter, statistics, PATTERN, PruningMethod("wanda"))
     sparse, tokens = tiny_model(family), samples.tokens[samples.held_out_rows]
     for layer, pruned in zip(adapter.layers(sparse), layers, strict=True):
         apply_layer(layer, pruned)
@@ -161,6 +166,16 @@ def test_held_out_sequences_are_not_learned_on(learn, samples, draw_tokens):
 def test_more_sequences_than_there_are_is_an_error(learn):
     with pytest.raises(ValueError, match="sequences"):
         learn(sequences=9)  # 8 of the 12 are not held out
+
+
+@pytest.mark.parametrize("family", ["llama"], indirect=True)
+def test_the_learning_rate_follows_its_schedule(learn, monkeypatch):
+    """With a rate of zero after the first step, and one temperature, nothing moves after the first epoch."""
+    seen = []
+    monkeypatch.setattr(trainer, "cosine_decay", lambda progress: seen.append(progress) or float(progress == 0))
+    history = learn(start="random", temperature_end=1.0).history
+    assert seen == pytest.approx([step / 6 for step in range(7)])
+    assert history[0].held_out_loss != history[1].held_out_loss == history[2].held_out_loss == history[3].held_out_loss
 
 
 @pytest.mark.parametrize("family", ["llama"], indirect=True)
@@ -263,5 +278,5 @@ def test_permutations_learn_on_a_gpu(model, adapter, samples, start, last_layers
     statistics = list(dense_statistics(model, adapter, samples.tokens, 4))
     config = replace(CONFIG, start=start, last_layers=last_layers)
     result = learn_permutations(model, adapter, samples, statistics, PATTERN, "wanda", config)
-    pruned = list(prune_with_permutations(model, adapter, statistics, PATTERN, "wanda", result))
+    pruned = list(prune_learned(model, adapter, statistics, result))
     apply_layer(adapter.layers(model)[0], pruned[0])

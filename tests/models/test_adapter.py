@@ -1,7 +1,7 @@
 import pytest
 import torch
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, PretrainedConfig
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from permllm.models.adapter import check_finite, is_finite
 from permllm.models.families import FAMILIES, adapter_for, adapter_of

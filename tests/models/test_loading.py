@@ -57,7 +57,9 @@ class Payload:
 
 
 def test_a_loaded_model_has_the_checkpoints_weights_and_is_ready_for_inference(tiny_checkpoint, tiny_model, tmp_path, family):
-    loaded = load_model(source(tiny_checkpoint(tmp_path, family)))
+    folder = tiny_checkpoint(tmp_path, family)
+    edit_json(folder / "config.json", lambda config: config.update(use_cache=True))
+    loaded = load_model(source(folder))
     expected = tiny_model(family).state_dict()
     assert loaded.state_dict().keys() == expected.keys()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded.state_dict().items())

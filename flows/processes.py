@@ -1,0 +1,86 @@
+"""Commands that leave no process behind, however they or this process end: no orphan keeps a GPU.
+
+Every command runs in a process group with a guard, `python -m flows.processes COMMAND`, that ends the group with itself.
+"""
+
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+
+PR_SET_PDEATHSIG = 1
+
+
+class Commands:
+    """Commands that run now, and can be stopped together from another thread."""
+
+    def __init__(self) -> None:
+        self._running: set[subprocess.Popen] = set()
+        self._is_stopped = False
+        self._lock = threading.Lock()
+
+    def run(self, command: Sequence[str], environment: Mapping[str, str], on_line: Callable[[str], None]) -> int:
+        """Run a command, pass on every line of its output as it comes, and return its exit status.
+
+        Raises:
+            RuntimeError: if `stop` was called before.
+        """
+        process = self._start(command, environment)
+        reader = threading.Thread(target=lambda: [on_line(line.rstrip()) for line in process.stdout])
+        reader.start()
+        try:
+            return process.wait()
+        finally:
+            self._running.discard(process)
+            _end_group(process)  # if the guard was killed, the others hold the output open
+            reader.join()
+
+    def stop(self) -> None:
+        """End all commands with everything that they started, and start no more."""
+        with self._lock:
+            self._is_stopped = True
+            for process in self._running.copy():
+                _end_group(process)
+
+    def _start(self, command: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen:
+        guarded = [sys.executable, "-m", "flows.processes", *command]
+        streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        with self._lock:
+            if self._is_stopped:
+                raise RuntimeError(f"{' '.join(command)} was not started: the run is being stopped")
+            process = subprocess.Popen(guarded, env=dict(environment), **streams, text=True, errors="replace", start_new_session=True)
+            self._running.add(process)
+            return process
+
+
+def _end_group(process: subprocess.Popen) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+
+
+def die_with_parent() -> None:
+    """Ask the kernel to end this process when its parent dies. Only Linux can."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def guard(command: Sequence[str]) -> int:
+    """Run a command until it ends, or this process is told to end or loses its parent; then end the whole group.
+
+    Returns:
+        The exit status, 128 + the signal if the command died of one.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: os.killpg(0, signal.SIGKILL))
+    die_with_parent()
+    status = subprocess.call(command)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    os.killpg(0, signal.SIGTERM)
+    return status if status >= 0 else 128 - status
+
+
+if __name__ == "__main__":
+    sys.exit(guard(sys.argv[1:]))
