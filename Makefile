@@ -7,11 +7,13 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export DO_NOT_TRACK := true
 export DVC_NO_ANALYTICS := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
+export ITERATIVE_DO_NOT_TRACK := 1
 export MLFLOW_DISABLE_TELEMETRY := true
+export MLFLOW_SERVER_ENABLE_JOB_EXECUTION := false
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export PREFECT_HOME ?= $(CURDIR)/.prefect
 
-.PHONY: repro test clean
+.PHONY: repro test server deploy worker flow track ui clean
 
 repro: $(BIN)/.ready ## run what is out of date, then print the comparison
 	dvc repro
@@ -19,6 +21,28 @@ repro: $(BIN)/.ready ## run what is out of date, then print the comparison
 
 test: $(BIN)/.ready ## run the tests
 	pytest $(PYTEST)
+
+# Prefect: a schedule, a log per stage, cancelling. The server and the worker stay in front; `make flow` needs both.
+server worker deploy flow: export PREFECT_API_URL ?= http://127.0.0.1:4200/api
+
+server: $(BIN)/.ready ## start Prefect's server; its UI is at http://127.0.0.1:4200
+	prefect server start --host 127.0.0.1
+
+deploy: $(BIN)/.ready ## register the deployment of prefect.yaml at the server
+	prefect work-pool inspect gpu > /dev/null 2>&1 || prefect work-pool create gpu --type process
+	prefect --no-prompt deploy --all
+
+worker: deploy ## register the deployment, then run what the server hands out, one run at a time
+	prefect worker start --pool gpu --limit 1
+
+flow: $(BIN)/.ready ## have a worker run the pipeline; FLOW='--param methods=["wanda"]' chooses
+	prefect deployment run pipeline/default --watch $(FLOW)
+
+track: $(BIN)/.ready ## copy finished results to MLflow
+	python -m flows.track
+
+ui: $(BIN)/.ready ## start MLflow's UI at http://127.0.0.1:5000
+	mlflow server --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --port 5000 --workers 1
 
 # The file is written last: an installation that was interrupted is done again.
 $(BIN)/.ready: pyproject.toml constraints.txt

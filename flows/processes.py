@@ -1,6 +1,7 @@
 """Commands that leave no process behind, however they or this process end: no orphan keeps a GPU.
 
-Every command runs in a process group with a guard, `python -m flows.processes COMMAND`, that ends the group with itself.
+Every command runs in a process group of its own with a guard, `python -m flows.processes COMMAND`: this process ends
+the group when the guard has ended, and the guard ends it when this process dies.
 """
 
 import contextlib
@@ -36,7 +37,7 @@ class Commands:
             return process.wait()
         finally:
             self._running.discard(process)
-            _end_group(process)  # if the guard was killed, the others hold the output open
+            _end_group(process)  # what is left of it holds the output open
             reader.join()
 
     def stop(self) -> None:
@@ -69,7 +70,7 @@ def die_with_parent() -> None:
 
 
 def guard(command: Sequence[str]) -> int:
-    """Run a command until it ends, or this process is told to end or loses its parent; then end the whole group.
+    """Run a command; end the whole group when this process is told to end, or loses its parent.
 
     Returns:
         The exit status, 128 + the signal if the command died of one.
@@ -77,8 +78,6 @@ def guard(command: Sequence[str]) -> int:
     signal.signal(signal.SIGTERM, lambda *_: os.killpg(0, signal.SIGKILL))
     die_with_parent()
     status = subprocess.call(command)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    os.killpg(0, signal.SIGTERM)
     return status if status >= 0 else 128 - status
 
 

@@ -1,0 +1,267 @@
+"""The flow on a small DVC project: states, failures, busy stages, GPUs; and once through a server and a worker."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.request import Request, urlopen
+
+import psutil
+import pytest
+import yaml
+from prefect.artifacts import Artifact
+from prefect.settings import PREFECT_API_URL
+from prefect.testing.utilities import prefect_test_harness
+
+import flows
+from flows import pipeline as module
+from flows.pipeline import PipelineFailed, pipeline
+
+GRAPH = {
+    "stages": {
+        "calibrate": {
+            "matrix": {"model": "${run.models}"},
+            "cmd": "python stage.py calibrate ${item.model}",
+            "deps": ["stage.py"],
+            "params": ["models.${item.model}"],
+            "outs": ["data/calibrate/${item.model}"],
+        },
+        "prune": {
+            "matrix": {"model": "${run.models}", "method": "${run.methods}"},
+            "cmd": "python stage.py prune ${item.model} ${item.method}",
+            "deps": ["data/calibrate/${item.model}"],
+            "params": ["methods.${item.method}"],
+            "outs": ["data/prune/${item.model}/${item.method}"],
+        },
+        "report": {"cmd": "python stage.py report", "deps": ["data/prune"], "outs": ["data/report"]},
+    }
+}
+PARAMS = {"run": {"models": ["a"], "methods": ["wanda", "ria+cp"]}, "models": {"a": "", "b": ""}, "methods": {"wanda": "", "ria+cp": ""}}
+STAGE = """
+import os, pathlib, sys, time, yaml
+name, *item = sys.argv[1:]
+params = yaml.safe_load(open("params.yaml"))
+word, _, seconds = str({**params["models"], **params["methods"]}.get(item[-1], "") if item else "").partition(" ")
+if word == "fail":
+    sys.exit(f"{name} cannot use {item[-1]}")
+started = time.time()
+time.sleep(float(seconds or 0))
+out = pathlib.Path("data", name, *item)
+out.parent.mkdir(parents=True, exist_ok=True)
+out.write_text(f"{os.environ.get('CUDA_VISIBLE_DEVICES')} {started} {time.time()}")
+"""
+
+
+@pytest.fixture(scope="session")
+def empty_project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder under git and DVC."""
+    folder = tmp_path_factory.mktemp("project")
+    subprocess.run(["git", "init", "--quiet"], cwd=folder, check=True)
+    subprocess.run([sys.executable, "-m", "dvc", "init", "--quiet"], cwd=folder, check=True)
+    (folder / "dvc.yaml").write_text(yaml.safe_dump(GRAPH, sort_keys=False))
+    (folder / "stage.py").write_text(STAGE)
+    return folder
+
+
+@pytest.fixture
+def project(tmp_path: Path, empty_project: Path, repository: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A project of three stages that take no time, entered, where children find `flows`."""
+    folder = tmp_path / "project"
+    shutil.copytree(empty_project, folder)
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("PYTHONPATH", str(repository))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    set_params()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def prefect() -> Iterator[None]:
+    """A Prefect of its own, without a server of anybody else."""
+    with prefect_test_harness(server_startup_timeout=120):
+        yield
+
+
+def set_params(models: dict[str, str] | None = None, methods: dict[str, str] | None = None, run: dict[str, list[str]] | None = None) -> None:
+    """Write params.yaml; what a stage does follows from the value of its model or method: nothing, `fail` or `sleep SECONDS`."""
+    changes = {"run": run, "models": models, "methods": methods}
+    Path("params.yaml").write_text(yaml.safe_dump({section: {**PARAMS[section], **(change or {})} for section, change in changes.items()}))
+
+
+def states(rows: list[dict[str, Any]]) -> dict[str, str]:
+    return {row["stage"]: row["state"] for row in rows}
+
+
+def published() -> dict[str, str]:
+    """Return the states in the latest table artifact."""
+    return states(json.loads(Artifact.get("stages").data))
+
+
+def test_a_stage_runs_then_is_skipped_then_restored(project: Path, prefect: None):
+    assert states(pipeline(targets=["calibrate"])) == {"calibrate@a": "ran", "track": "ran"}
+    assert published() == {"calibrate@a": "ran", "track": "ran"}
+    assert states(pipeline(targets=["calibrate"]))["calibrate@a"] == "skipped"
+    Path("data/calibrate/a").unlink()
+    assert states(pipeline(targets=["calibrate"]))["calibrate@a"] == "restored"
+    assert states(pipeline(targets=["calibrate"], force=True))["calibrate@a"] == "ran"
+
+
+def test_a_failure_blocks_what_depends_on_it_and_nothing_else(project: Path, prefect: None):
+    set_params(methods={"wanda": "fail"})
+    with pytest.raises(PipelineFailed, match="failed: prune@a-wanda; blocked: report"):
+        pipeline()
+    rows = {row["stage"]: row for row in json.loads(Artifact.get("stages").data)}
+    assert states(rows.values()) == {"calibrate@a": "ran", "prune@a-wanda": "failed", "prune@a-ria+cp": "ran", "report": "blocked", "track": "ran"}
+    assert "prune cannot use wanda" in rows["prune@a-wanda"]["reason"]
+    assert rows["report"]["reason"] == "needs prune@a-wanda"
+
+
+def test_a_stage_that_another_process_runs_is_tried_again(project: Path, prefect: None, caplog: pytest.LogCaptureFixture):
+    set_params(models={"a": "sleep 3"})
+    other = subprocess.Popen([sys.executable, "-m", "dvc", "repro", "--quiet", "calibrate@a"], env=module.environment())
+    wait_until(lambda: Path(".dvc/tmp/rwlock").exists() and "calibrate" in Path(".dvc/tmp/rwlock").read_text())
+    rows = pipeline(targets=["calibrate"])
+    assert other.wait() == 0
+    assert states(rows)["calibrate@a"] == "skipped"
+    assert module.BUSY in caplog.text
+
+
+def test_stages_share_the_gpus_one_at_a_time_on_each(project: Path, prefect: None, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    set_params(models={"a": "sleep 2", "b": "sleep 2"}, run={"models": ["a", "b"]})
+    pipeline(targets=["calibrate"])
+    (gpu, start, end), (other_gpu, other_start, other_end) = (Path(f"data/calibrate/{model}").read_text().split() for model in "ab")
+    assert {gpu, other_gpu} == {"4", "7"}
+    assert float(start) < float(other_end) and float(other_start) < float(end)
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_run_that_is_ended_leaves_no_stage_behind(project: Path, prefect: None, how: signal.Signals):
+    set_params(models={"a": "sleep 600"})
+    here = {**module.environment(), "PREFECT_API_URL": PREFECT_API_URL.value()}
+    run = psutil.Popen(
+        [sys.executable, "-m", "flows.pipeline", "--targets", "calibrate"], env=here, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    descendants = []
+    try:
+        wait_until(lambda: any("stage.py" in process.cmdline() for process in run.children(recursive=True)))
+        descendants = run.children(recursive=True)
+        run.send_signal(how)
+        assert run.wait(timeout=30) != 0
+        assert psutil.wait_procs(descendants, timeout=10)[1] == []
+    finally:
+        for process in (run, *descendants):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+
+
+def test_without_a_gpu_stages_run_one_at_a_time(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert module.gpu_slots() == [""]
+
+
+def test_a_command_finds_this_python_first():
+    assert shutil.which("python", path=module.environment()["PATH"]) == str(Path(sys.executable).parent / "python")
+
+
+def test_the_command_refuses_unknown_names_before_anything_runs(project: Path):
+    with pytest.raises(SystemExit, match="unknown model 'c': choose one of a"):
+        module.main(["--models", "c"])
+    assert not Path("data").exists()
+
+
+def test_the_deployment_turns_off_the_telemetry_of_all_tools(repository: Path):
+    (deployment,) = yaml.safe_load((repository / "prefect.yaml").read_text())["deployments"]
+    assert deployment["work_pool"]["job_variables"]["env"] == flows.TELEMETRY_OFF
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it took too long"
+        time.sleep(0.1)
+
+
+class Server:
+    """A Prefect server and a worker of a project, with nothing but what the README says to start."""
+
+    def __init__(self, folder: Path) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.api = f"http://127.0.0.1:{self.port}/api"
+        self.folder, self.started = folder, []
+        # Nothing of the harness, or of whoever runs the tests.
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+        home = {"PREFECT_HOME": str(folder / ".prefect"), "PREFECT_API_URL": self.api}
+        self.environment = {**inherited, **flows.TELEMETRY_OFF, **home, "PATH": module.environment()["PATH"]}
+
+    def start(self, *arguments: str) -> None:
+        with (self.folder / f"{arguments[0]}.log").open("w") as log:
+            self.started.append(
+                psutil.Popen([sys.executable, "-m", "prefect", *arguments], cwd=self.folder, env=self.environment, stdout=log, stderr=log)
+            )
+
+    def call(self, *arguments: str, seconds: float = 120) -> str:
+        command = [sys.executable, "-m", "prefect", *arguments]
+        done = subprocess.run(command, cwd=self.folder, env=self.environment, capture_output=True, text=True, timeout=seconds)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def post(self, path: str) -> Any:
+        request = Request(f"{self.api}/{path}", data=b"{}", headers={"Content-Type": "application/json"})
+        return json.load(urlopen(request, timeout=30))
+
+    def is_healthy(self) -> bool:
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", self.port)) == 0 and json.load(urlopen(f"{self.api}/health", timeout=30))
+
+    def stop(self) -> None:
+        """End what was started, with all descendants: a worker waits for its run, and leaves it behind when killed."""
+        processes = [descendant for process in self.started if process.is_running() for descendant in (*process.children(recursive=True), process)]
+        for process in processes:
+            process.send_signal(signal.SIGTERM)
+        for process in psutil.wait_procs(processes, timeout=20)[1]:
+            process.kill()
+
+
+@pytest.fixture
+def server(project: Path, repository: Path) -> Iterator[Server]:
+    """A server for the project, which has the flow and the deployment of the repository."""
+    (project / "flows").symlink_to(repository / "flows")
+    shutil.copy(repository / "prefect.yaml", project)
+    running = Server(project)
+    try:
+        running.start("server", "start", "--host", "127.0.0.1", "--port", str(running.port))
+        wait_until(running.is_healthy)
+        yield running
+    finally:
+        running.stop()
+
+
+@pytest.mark.slow
+def test_a_worker_completes_the_deployed_pipeline(server: Server):
+    server.call("work-pool", "create", "gpu", "--type", "process")
+    server.call("--no-prompt", "deploy", "--all")
+    server.start("worker", "start", "--pool", "gpu", "--limit", "1")
+    server.call("deployment", "run", "pipeline/default", "--param", 'methods=["wanda"]', "--watch", "--watch-timeout", "120")
+
+    (deployment,) = server.post("deployments/filter")
+    assert [schedule["schedule"]["cron"] for schedule in deployment["schedules"]] == ["0 2 * * *"]
+    run = next(run for run in server.post("flow_runs/filter") if run["parameters"].get("methods") == ["wanda"])
+    assert run["state_type"] == "COMPLETED"
+    assert run["deployment_id"] == deployment["id"]
+    finished = {"calibrate@a": "Ran", "prune@a-wanda": "Ran", "track": "Ran"}
+    wait_until(lambda: {task["name"]: task["state_name"] for task in server.post("task_runs/filter")} == finished)  # they arrive late
+    (artifact,) = server.post("artifacts/filter")
+    assert artifact["key"] == "stages"
+    assert states(json.loads(artifact["data"])) == {name: state.lower() for name, state in finished.items()}
