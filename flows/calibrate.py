@@ -4,10 +4,10 @@ from typing import Any
 
 from flows.paths import Setting
 from flows.stage import progress, run_stage
-from permllm.artifacts import replacing_folder
+from permllm.artifacts import need_disk, replacing_folder
 from permllm.calibration.capture import dense_statistics
 from permllm.calibration.samples import draw_windows, tokenize
-from permllm.calibration.storage import save_calibration
+from permllm.calibration.storage import calibration_bytes, save_calibration
 from permllm.calibration.texts import read_documents
 from permllm.models.checkpoint_files import CheckpointFiles
 from permllm.models.families import adapter_of
@@ -24,6 +24,7 @@ def calibrate(params: Params, setting: Setting) -> dict[str, Any]:
     samples = draw_windows(tokens, config.sequences, config.length, config.seed, config.held_out)
     model = load_model(source)
     adapter = adapter_of(model)
+    need_disk(setting.path("calibrate"), calibration_bytes(adapter, adapter.layers(model)))
     statistics = dense_statistics(model, adapter, samples.tokens[samples.training_rows], config.batch_size)
     with replacing_folder(setting.path("calibrate")) as folder:
         record = {"text": str(config.text), "seed": config.seed}

@@ -9,13 +9,14 @@ from tqdm import tqdm
 from flows.paths import Setting
 from flows.prune import open_calibration, pruning_record
 from flows.stage import logger, run_stage
-from permllm.artifacts import replacing_folder
+from permllm.artifacts import need_disk, replacing_folder
 from permllm.lcp.trainer import EpochRecord, learn_permutations
+from permllm.models.checkpoint_files import CheckpointFiles
 from permllm.models.families import adapter_of
 from permllm.models.loading import load_model
 from permllm.params import Params
 from permllm.pruning.layerwise import model_weights, prune_in_parallel
-from permllm.pruning.storage import save_pruning
+from permllm.pruning.storage import pruning_bytes, save_pruning
 from permllm.sparsity.pattern import NMPattern
 
 
@@ -24,7 +25,9 @@ def learn(params: Params, setting: Setting) -> dict[str, Any]:
     method, config = params.method(setting.method), params.learn(setting.model, setting.method)
     pattern = NMPattern.parse(setting.pattern)
     calibration = open_calibration(params, setting)
-    model = load_model(params.model(setting.model).model_source())
+    source = params.model(setting.model).model_source()
+    need_disk(setting.path("prune"), pruning_bytes(CheckpointFiles.find(source.folder()), method.pruning()))
+    model = load_model(source)
     adapter = adapter_of(model)
     with (
         replacing_folder(setting.path("learn")) as history_folder,

@@ -4,13 +4,13 @@ from typing import Any
 
 from flows.paths import Setting
 from flows.stage import progress, run_stage
-from permllm.artifacts import StaleArtifactError, replacing_folder
+from permllm.artifacts import StaleArtifactError, need_disk, replacing_folder
 from permllm.calibration.storage import Calibration, load_calibration
 from permllm.models.checkpoint_files import CheckpointFiles
 from permllm.models.loading import load_adapter, load_model, resolve_device
 from permllm.params import Params
 from permllm.pruning.layerwise import checkpoint_weights, prune_in_parallel, prune_in_sequence
-from permllm.pruning.storage import save_pruning
+from permllm.pruning.storage import pruning_bytes, save_pruning
 from permllm.sparsity.pattern import NMPattern
 
 
@@ -20,12 +20,13 @@ def prune(params: Params, setting: Setting) -> dict[str, Any]:
     pattern = NMPattern.parse(setting.pattern)
     source = model_params.model_source()
     calibration = open_calibration(params, setting)
-    adapter, statistics = load_adapter(source), calibration.statistics
+    adapter, statistics, files = load_adapter(source), calibration.statistics, CheckpointFiles.find(source.folder())
+    need_disk(setting.path("prune"), pruning_bytes(files, method))
     if model_params.prune.sequential:
         tokens = calibration.samples.tokens[calibration.samples.training_rows]
         layers = prune_in_sequence(load_model(source), adapter, tokens, model_params.calibrate.batch_size, pattern, method)
     else:
-        weights = checkpoint_weights(CheckpointFiles.find(source.folder()), adapter, len(statistics), statistics.device)
+        weights = checkpoint_weights(files, adapter, len(statistics), statistics.device)
         layers = prune_in_parallel(weights, adapter, statistics, pattern, method)
     with replacing_folder(setting.path("prune")) as folder:
         record = pruning_record(setting, params, calibration, {"sequential": model_params.prune.sequential})

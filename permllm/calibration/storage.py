@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from permllm.artifacts import fingerprint, read_manifest, read_tensors, write_manifest, write_tensors
 from permllm.calibration.samples import CalibrationSet
 from permllm.calibration.statistics import ActivationStats, LayerStats
+from permllm.models.adapter import ModelAdapter
 
 KIND = "calibrate"
 
@@ -61,6 +63,12 @@ def save_calibration(
         layers, tokens = index + 1, next(iter(stats.values())).tokens
     manifest = {"layers": layers, "tokens": tokens, "held_out": samples.held_out, "model_fingerprint": model_fingerprint}
     write_manifest(folder, KIND, {**manifest, "fingerprint": fingerprint([model_fingerprint, samples.tokens]), **record})
+
+
+def calibration_bytes(adapter: ModelAdapter, layers: Iterable[nn.Module]) -> int:
+    """Return what the Gram matrices of a model will take on disk."""
+    widths = (layer.get_submodule(group.readers[0]).in_features for layer in layers for group in adapter.linear_groups.values())
+    return sum(width * width * torch.float32.itemsize for width in widths)
 
 
 def load_calibration(folder: Path, device: torch.device | str = "cpu") -> Calibration:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from permllm.artifacts import read_manifest, read_tensors, write_manifest, write_tensors
+from permllm.models.checkpoint_files import CheckpointFiles
 from permllm.permutation.permutation import Permutation
-from permllm.pruning.methods import PrunedGroup, PrunedLayer, PrunedLinear
+from permllm.pruning.methods import PrunedGroup, PrunedLayer, PrunedLinear, PruningMethod
 from permllm.sparsity.bits import pack_mask, unpack_mask
 
 KIND = "prune"
@@ -57,6 +58,15 @@ def save_pruning(folder: Path, layers: Iterable[PrunedLayer], record: Mapping[st
     write_manifest(folder, KIND, {**record, "groups": groups})
     flat = [group for layer in groups for group in layer.values()]
     return {name: sum(group[name] for group in flat) / len(flat) for name in ("retained_score", "output_error")}
+
+
+def pruning_bytes(files: CheckpointFiles, method: PruningMethod) -> int:
+    """Return at most what the pruned layers of a checkpoint will take on disk: a bit per weight, updated weights in float32.
+
+    Weights are assumed to have 16 bits in the checkpoint; larger ones only raise the bound.
+    """
+    weights = files.total_bytes() // 2
+    return weights // 8 + (weights * torch.float32.itemsize if method.update else 0)
 
 
 def load_pruning(folder: Path) -> SavedPruning:

@@ -5,6 +5,7 @@ import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -172,13 +173,18 @@ def test_a_stage_refuses_the_result_of_another_checkpoint_or_version(project: Pa
         prune.main(setting("wanda"))
 
 
-def test_no_space_left_is_said_before_anything_is_written(project: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(
+    ("stage", "arguments"),
+    [(calibrate, ["--model", "tiny"]), (prune, setting("wanda")), (learn, setting("permllm")), (assemble, setting("wanda"))],
+)
+def test_no_space_left_is_said_before_anything_is_written(project: Path, monkeypatch: pytest.MonkeyPatch, stage: Any, arguments: list[str]):
     calibrate.main(["--model", "tiny"])
     prune.main(setting("wanda"))
+    before = {file: file.read_bytes() for file in Path("data").rglob("*") if file.is_file()}
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 0))
     with pytest.raises(SystemExit, match="no space left for .*GB are needed and 0.00 GB are free"):
-        assemble.main(setting("wanda"))
-    assert not Path("data/assemble/tiny/2:4/wanda").exists()
+        stage.main(arguments)
+    assert {file: file.read_bytes() for file in Path("data").rglob("*") if file.is_file()} == before
 
 
 def test_equal_seeds_give_equal_permutations(project: Path):
