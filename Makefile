@@ -4,6 +4,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
+# `dvc exp run` makes a commit, and a bare machine has no name to sign it with.
+export GIT_AUTHOR_NAME ?= $(or $(shell git config user.name),permllm)
+export GIT_AUTHOR_EMAIL ?= $(or $(shell git config user.email),permllm@localhost)
+export GIT_COMMITTER_NAME ?= $(GIT_AUTHOR_NAME)
+export GIT_COMMITTER_EMAIL ?= $(GIT_AUTHOR_EMAIL)
 export DO_NOT_TRACK := true
 export DVC_NO_ANALYTICS := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
@@ -15,8 +20,8 @@ export PREFECT_HOME ?= $(CURDIR)/.prefect
 
 .PHONY: repro test server deploy worker flow track ui clean
 
-repro: $(BIN)/.ready ## run what is out of date, then print the comparison
-	dvc repro
+repro: $(BIN)/.ready ## run what is out of date, then print the comparison; MODELS=llama-2-7b runs others than run.models
+	dvc $(if $(MODELS),exp run --set-param 'run.models=[$(MODELS)]',repro)
 	@cat data/report/table.md
 
 test: $(BIN)/.ready ## run the tests

@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
 from filelock import FileLock
 
 from flows.graph import Stages, needs_of, read_stages
 from flows.paths import DATA, REPORT, Setting
+from permllm.artifacts import read_yaml
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -112,7 +112,7 @@ def settings_of(stages: Stages) -> dict[Setting, set[str]]:
 def finished_results(stages: Stages) -> Iterator[Result]:
     """Yield the results that are complete, and say in the log why others are not."""
     lock = Path("dvc.lock")
-    entries = yaml.safe_load(lock.read_text())["stages"] if lock.exists() else {}
+    entries = read_yaml(lock)["stages"] if lock.exists() else {}
     for setting, addresses in settings_of(stages).items():
         result = Result(setting, {address: entries[address] for address in sorted(addresses & entries.keys())})
         try:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from ruamel.yaml import YAML, YAMLError
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -64,6 +65,18 @@ def read_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, Te
 def write_json(path: Path, record: Any) -> None:
     """Write a record as JSON that reads well in a diff."""
     write_text(path, json.dumps(record, indent=2) + "\n")
+
+
+def read_yaml(path: Path) -> Any:
+    """Read YAML 1.2, as DVC does. In 1.1, 2:4 without quotes is the number 124.
+
+    Raises:
+        ValueError: if the file is missing or no YAML.
+    """
+    try:
+        return YAML(typ="safe", pure=True).load(path.read_text())
+    except (OSError, YAMLError) as error:
+        raise ValueError(f"{path} cannot be read ({error})") from error
 
 
 def write_text(path: Path, text: str) -> None:

@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
-import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from permllm.artifacts import read_yaml
 from permllm.benchmark.latency import BenchmarkConfig
 from permllm.calibration.samples import CalibrateConfig
 from permllm.calibration.texts import TextSource
@@ -123,11 +123,7 @@ class Params:
         Raises:
             ValueError: naming every unknown key, wrong value and unknown name at once.
         """
-        try:
-            record = yaml.safe_load(path.read_text())
-        except (OSError, yaml.YAMLError) as error:
-            raise ValueError(f"{path} cannot be read ({error})") from error
-        return cls.parse(record, str(path))
+        return cls.parse(read_yaml(path), str(path))
 
     @classmethod
     def parse(cls, record: Any, origin: str = "params") -> Self:

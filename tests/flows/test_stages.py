@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from flows import assemble, benchmark, calibrate, evaluate, learn, prune, report
+from permllm.params import Params
 from permllm.sparsity.mask import is_nm_sparse
 from permllm.sparsity.pattern import NMPattern
 
@@ -129,6 +130,11 @@ def test_bad_parameters_name_the_offender_and_leave_artifacts_alone(project: Pat
     with pytest.raises(SystemExit, match=f"(?s){said}"):
         calibrate.main(["--model", "tiny"])
     assert {file: file.read_bytes() for file in Path("data").rglob("*") if file.is_file()} == before
+
+
+def test_a_pattern_without_quotes_is_no_number(project: Path):
+    Path("params.yaml").write_text(Path("params.yaml").read_text().replace("'2:4'", "2:4"))  # as `dvc exp run` writes it
+    assert Params.read().run.patterns == ("2:4",)
 
 
 def test_an_empty_text_is_refused_by_name(project: Path):
