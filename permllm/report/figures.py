@@ -18,7 +18,8 @@ def perplexity_figure(rows: Sequence[Row]) -> Figure:
     """Draw the perplexity of every method of one model, a panel per sparsity, with the dense model as a line."""
     sparsities = list(dict.fromkeys(row.sparsity for row in rows))
     figure = Figure(figsize=(4.6 * len(sparsities), 3.6), dpi=DPI, layout="constrained")
-    for axes, sparsity in zip(figure.subplots(1, len(sparsities), squeeze=False, sharey=True)[0], sparsities, strict=True):
+    panels = figure.subplots(1, len(sparsities), squeeze=False, sharey=True)[0]
+    for axes, sparsity in zip(panels, sparsities, strict=True):
         dense = next(row.perplexity for row in rows if row.sparsity == sparsity and row.method == DENSE)
         pruned = [row for row in rows if row.sparsity == sparsity and row.method != DENSE]
         bars = axes.barh(
@@ -27,12 +28,11 @@ def perplexity_figure(rows: Sequence[Row]) -> Figure:
             color=[BLUE if "permllm" in row.method else "#a9c5d6" for row in pruned],
         )
         axes.bar_label(bars, fmt="%.1f", padding=2, fontsize=8)
-        axes.axvline(dense, color=ORANGE, linewidth=1.2, label=f"dense {dense:.1f}")
+        axes.axvline(dense, color=ORANGE, linewidth=1.2)
         axes.set_xlim(left=dense * 0.9, right=max(row.perplexity for row in pruned) * 1.08)
-        axes.invert_yaxis()
-        axes.set(title=f"{rows[0].model}, {sparsity}", xlabel="perplexity (lower is better; the axis starts near dense)")
-        axes.legend(frameon=False, fontsize=8, loc="lower right")
+        axes.set(title=f"{rows[0].model}, {sparsity} (line: dense, {dense:.1f})", xlabel="perplexity (the axis starts near dense)")
         axes.spines[["top", "right"]].set_visible(False)
+    panels[0].invert_yaxis()  # shared by all panels; the first method on top
     return figure
 
 
