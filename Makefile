@@ -40,7 +40,7 @@ deploy: $(BIN)/.ready ## register the deployment of prefect.yaml at the server
 worker: deploy ## register the deployment, then run what the server hands out, one run at a time
 	prefect worker start --pool gpu --limit 1
 
-flow: $(BIN)/.ready ## have a worker run the pipeline; FLOW='--param methods=["wanda"]' chooses
+flow: $(BIN)/.ready ## have a worker run the pipeline; FLOW chooses a part, see the README
 	prefect deployment run pipeline/default --watch $(FLOW)
 
 track: $(BIN)/.ready ## copy finished results to MLflow
