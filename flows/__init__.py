@@ -12,9 +12,7 @@ TELEMETRY_OFF = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
 }
-# With threads that spin while they wait, a busy neighbour on one core slows a stage twentyfold (62.9 s against 3.1 s).
-PATIENT_THREADS = {"OMP_WAIT_POLICY": "PASSIVE"}
 # What the tools remember stays in the folder of the project, not in the home of the user.
 AT_HOME = {"PREFECT_HOME": str(Path.cwd() / ".prefect")}
-for name, value in (TELEMETRY_OFF | PATIENT_THREADS | AT_HOME).items():
+for name, value in (TELEMETRY_OFF | AT_HOME).items():
     os.environ.setdefault(name, value)
