@@ -23,12 +23,12 @@ from filelock import FileLock
 from flows.graph import Stages, needs_of, read_stages
 from flows.paths import DATA, REPORT, Setting
 from permllm.artifacts import read_yaml
+from permllm.report.summary import DENSE
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 EXPERIMENT = "permllm"
-DENSE = "dense"
 ARTIFACTS = Path("mlartifacts")
 METRICS = DATA / "metrics"
 READ = ("metrics", "prune", "learn", "benchmark")  # artifacts that a run is filled from

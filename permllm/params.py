@@ -18,9 +18,9 @@ from permllm.models.families import adapter_of
 from permllm.models.loading import ModelSource, check_length, load_skeleton
 from permllm.pruning.layerwise import PruneConfig
 from permllm.pruning.methods import PruningMethod
+from permllm.report.summary import DENSE as DENSE
 from permllm.sparsity.pattern import NMPattern
 
-DENSE = "dense"
 Config = TypeVar("Config")
 
 
