@@ -64,11 +64,11 @@ def prune(
         texts: documents to calibrate on; windows of `length` tokens are drawn from them.
         pattern: "N:M", N kept of every M.
         score: `magnitude`, `wanda` or `ria`.
-        permutation: `identity`, `cp` (heuristic) or `lcp` (learned).
+        permutation: `identity`, `random`, `cp` (heuristic), `search` or `lcp` (learned).
         update: None, or `sparsegpt` to update the kept weights.
         sequences: calibration sequences; with `lcp` one eighth of them is held out to choose the best epoch.
         length: tokens per sequence; None for the model's context, at most 1024.
-        learn: settings of `lcp`; None for the paper's recipe.
+        learn: settings of `lcp`; None for `recipe: best`.
 
     Raises:
         ValueError: if a name is unknown, the pattern or the block size does not fit a layer, the text is too
@@ -78,10 +78,10 @@ def prune(
         >>> result = prune(model, tokenizer, texts, pattern="2:4", permutation="cp")  # doctest: +SKIP
         >>> result.model.save_pretrained("pruned")  # doctest: +SKIP
     """
-    method, parsed = PruningMethod(score, permutation, update), NMPattern.parse(pattern)
+    method, parsed = PruningMethod(score, permutation, update, seed), NMPattern.parse(pattern)
     adapter = adapter_of(model)
     check_finite(model)
-    config = learn or LearnConfig(seed=seed, batch_size=batch_size)
+    config = learn or LearnConfig.from_recipe({"seed": seed, "batch_size": batch_size})
     parsed.check_widths(adapter.widths(model))
     if method.is_learned:
         config.check_widths(adapter.widths(model), parsed)

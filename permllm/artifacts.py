@@ -131,6 +131,12 @@ def fingerprint(parts: Iterable[Any]) -> str:
     return digest.hexdigest()[:16]
 
 
+def source_fingerprint(*packages: str) -> str:
+    """Return a hash of the source files of some packages below `permllm`: results of other code are not taken up."""
+    root = Path(__file__).parent
+    return fingerprint([path for package in packages for path in sorted((root / package).rglob("*.py"))])
+
+
 def need_disk(folder: Path, needed_bytes: int) -> None:
     """Refuse to start when the disk cannot hold what is about to be written.
 

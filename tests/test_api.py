@@ -31,7 +31,7 @@ def test_every_target_becomes_nm_sparse_in_its_order(model, tiny_tokenizer, perm
     [
         ({"pattern": "5:7"}, "multiples of 7"),
         ({"score": "wnda"}, "unknown score 'wnda'"),
-        ({"permutation": "lcp", "learn": LearnConfig(block_size=28)}, "block_size 28 does not divide"),
+        ({"permutation": "lcp", "learn": LearnConfig(block_size=26)}, "block_size 26 is not a multiple"),
         ({"length": 65}, "length is 65 tokens"),
         ({"sequences": 1000}, "too few for 1000 sequences"),
     ],

@@ -84,6 +84,35 @@ def run_layer(layer: nn.Module, hidden: Tensor, keywords: Mapping[str, Any]) -> 
     return output if isinstance(output, Tensor) else output[0]  # transformers before version 5 returned a tuple
 
 
+class _Given(nn.Module):
+    """Stands for all decoder layers: whatever comes in, the given hidden states come out."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        super().__init__()
+        self.hidden = hidden
+
+    def forward(self, *_: Any, **__: Any) -> Tensor:
+        return self.hidden
+
+
+def finish(model: "PreTrainedModel", adapter: ModelAdapter, hidden: Tensor) -> Tensor:
+    """Run what follows the decoder layers in the model's own forward: its final norm and its head.
+
+    Args:
+        hidden: (sequences, length, channels) after the last decoder layer; gradients flow to it.
+
+    Returns:
+        (sequences, length, vocabulary) logits.
+    """
+    layers = adapter.layers(model)
+    model.set_submodule(adapter.decoder_layers, nn.ModuleList([_Given(hidden)]))
+    try:
+        tokens = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device)  # only their shape matters now
+        return model(tokens, use_cache=False).logits
+    finally:
+        model.set_submodule(adapter.decoder_layers, layers)
+
+
 @torch.no_grad()
 def advance(layer: nn.Module, inputs: DecoderInputs, batch_size: int, name: str) -> None:
     """Replace the hidden states by the layer's output, batch by batch and in place.

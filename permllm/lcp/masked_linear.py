@@ -1,81 +1,139 @@
 """A linear whose N:M mask follows a permutation, and the gradient that the permutation gets from it.
 
-Legend: W (out, in) weight; S (out, in) score; P permutation matrix, block-diagonal; M mask in the original order.
-Forward: S^ = S P, M^ = the N:M mask of S^, M = M^ P^T, y = x (W * M)^T. With D = dL/dM, the straight-through
-gradients are dL/dP = D^T M^ + S^T dS^, where dS^ pulls D P back through the softmax over every group of S^.
-Permutations are gathers here and only the blocks on the diagonal of dL/dP are computed: nothing is (in, in).
+Legend: W (in, out) weight, S (in, out) score, both channels first; P permutation matrix, block-diagonal; M mask in the original order.
+Forward: S^ = P^T S, M^ = the N:M mask of S^, M = P M^, y = x (W * M). With D = dL/dM, the straight-through
+gradients are dL/dP = D M^^T + S dS^^T, where dS^ pulls P^T D back through the softmax over every group of S^.
+
+Nothing is (in, in) and nothing of the weight's size is kept: scores and masks are computed again where they are
+needed, some blocks of channels at a time. Channels come first, so that permuting copies rows and a group's
+channels lie apart in memory; `channels_first` gives the frozen weight that layout.
 """
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import linear
 
-from permllm.permutation.learnable import BlockPermutation, LearnableBlockPermutation
-from permllm.permutation.permutation import Permutation
+from permllm.lcp.group_permutations import GroupPermutation
+from permllm.pruning.metrics import Score
 from permllm.sparsity.mask import group_softmax, group_softmax_gradient, nm_mask
 from permllm.sparsity.pattern import NMPattern
 
+ENTRIES_AT_ONCE = 2**18  # of the weight on a CPU: what stays in its cache
+ENTRIES_AT_ONCE_ON_GPU = 2**24
+
+
+@dataclass(frozen=True)
+class MaskRule:
+    """How a linear's mask follows from a permutation.
+
+    Attributes:
+        score: of the linear.
+        pattern: N:M.
+        scale: what scores are divided by before the softmax, a scalar: the gradient then does not depend on their
+            absolute size. None for the raw scores, as in the paper.
+    """
+
+    score: Score
+    pattern: NMPattern
+    scale: Tensor | None = None
+
+    def parts(self, group: GroupPermutation, weight: Tensor) -> Iterator["_Part"]:
+        """Cut the channels into runs of blocks whose part of the weight, (in, out), is worked on at once."""
+        size = self.pattern.group if group.relaxed is None else group.relaxed.shape[1]
+        blocks, at_once = len(weight) // size, ENTRIES_AT_ONCE if weight.device.type == "cpu" else ENTRIES_AT_ONCE_ON_GPU
+        step = max(at_once // (size * weight.shape[1]), 1)
+        return (_Part(self, group, weight, slice(first, min(first + step, blocks)), size) for first in range(0, blocks, step))
+
+    def masked(self, group: GroupPermutation, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return W * M, (in, out)."""
+        masked = torch.empty_like(weight, dtype=dtype)
+        with torch.autocast(weight.device.type, enabled=False):  # rounded scores would choose other masks
+            for part in self.parts(group, weight):
+                masked.index_copy_(0, part.channels, part.masked().to(dtype))
+        return masked
+
+    def pull_back(self, group: GroupPermutation, weight: Tensor, grad_masked: Tensor) -> Tensor:
+        """Return the gradient of the permutation, (blocks, size, size), from that of W * M, (in, out)."""
+        return torch.cat([part.pull_back(grad_masked) for part in self.parts(group, weight)])
+
+
+class _Part:
+    """Some blocks of channels: their weights, scores and masks, rows in the order of the slots (hard) or of the start (soft)."""
+
+    def __init__(self, rule: MaskRule, group: GroupPermutation, weight: Tensor, blocks: slice, size: int) -> None:
+        self.rule, self.count = rule, blocks.stop - blocks.start
+        self.relaxed = group.relaxed.detach()[blocks] if group.is_soft else None
+        self.local = None if group.local is None else group.local[blocks]
+        self.channels = group.start[blocks.start * size : blocks.stop * size]
+        if self.local is not None:
+            self.channels = self.channels.view(self.local.shape).gather(1, self.local).flatten()
+        self.weight = weight.index_select(0, self.channels)
+        self.score = rule.score.by_channel(self.weight, self.channels)
+        self.keep = nm_mask(self._to_slots(self.score), rule.pattern, dim=0)
+
+    def masked(self) -> Tensor:
+        """Return W * M of these channels."""
+        return self.weight * self._from_slots(self.keep)
+
+    def pull_back(self, grad_masked: Tensor) -> Tensor:
+        grad_mask = grad_masked.index_select(0, self.channels).to(self.score.dtype).mul_(self.weight)
+        score = self.score if self.rule.scale is None else self.score / self.rule.scale
+        softmax = group_softmax(self._to_slots(score), self.rule.pattern)
+        grad_score = group_softmax_gradient(softmax, self._to_slots(grad_mask), self.rule.pattern)
+        keep = self.keep.to(score.dtype)
+        product = torch.bmm(self._blocks(grad_mask), self._blocks(keep).transpose(1, 2))
+        product.baddbmm_(self._blocks(score), self._blocks(grad_score).transpose(1, 2))
+        if self.relaxed is not None:
+            return product
+        return torch.empty_like(product).scatter_(1, self.local[..., None].expand_as(product), product)  # rows back to the block's own order
+
+    def _blocks(self, tensor: Tensor) -> Tensor:
+        return tensor.view(self.count, -1, tensor.shape[-1])
+
+    def _to_slots(self, tensor: Tensor) -> Tensor:
+        """P^T: hard rows are in their slots already."""
+        return tensor if self.relaxed is None else torch.bmm(self.relaxed.transpose(1, 2), self._blocks(tensor)).flatten(0, 1)
+
+    def _from_slots(self, tensor: Tensor) -> Tensor:
+        """P: hard rows stay where their weights are."""
+        return tensor if self.relaxed is None else torch.bmm(self.relaxed, self._blocks(tensor).to(self.relaxed.dtype)).flatten(0, 1)
+
 
 class MaskedLinearFunction(torch.autograd.Function):
-    """y = x (W * M)^T, keeping only x and the mask for the backward pass."""
+    """y = x (W * M), keeping only x for the backward pass."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, matrix: Tensor, weight: Tensor, score: Tensor, mask: Tensor, order: Tensor, start: Tensor, pattern: NMPattern
-    ) -> Tensor:
-        """Multiply. `matrix` (blocks, size, size) only carries the gradient; `mask`, `order` are its value."""
-        ctx.save_for_backward(x, weight, score, mask, order, start)
-        ctx.pattern, ctx.matrix_shape, ctx.matrix_dtype = pattern, matrix.shape, matrix.dtype
-        return linear(x, weight * mask)
+    def forward(ctx: Any, x: Tensor, carrier: Tensor | None, weight: Tensor, rule: MaskRule, group: GroupPermutation) -> Tensor:
+        """Multiply (..., in) by the masked `weight`, (out, in).
+
+        `carrier` only takes a gradient: that of the permutation, if it is the group's relaxed value, and otherwise that
+        of the masked weight, (in, out).
+        """
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        ctx.input_dtype = x.dtype
+        x = x.to(dtype)
+        ctx.save_for_backward(x, weight)
+        ctx.rule, ctx.group = rule, GroupPermutation(group.start, group.relaxed, group.local)
+        return torch.matmul(x, rule.masked(group, weight.t(), dtype))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradients of `x` and of the permutation matrix."""
-        x, weight, score, mask, order, start = ctx.saved_tensors
-        grad_x = grad @ (weight * mask) if ctx.needs_input_grad[0] else None
-        grad_mask = grad.flatten(0, -2).t() @ x.flatten(0, -2)
-        grad_mask = (grad_mask * weight).to(score.dtype)
-        soft_mask = group_softmax(score.index_select(1, order), ctx.pattern)
-        grad_score = group_softmax_gradient(soft_mask, grad_mask.index_select(1, order), ctx.pattern)
-        permuted_mask = mask.index_select(1, order).to(score.dtype)
-        grad_matrix = _block_product(grad_mask.index_select(1, start), permuted_mask, ctx.matrix_shape)
-        grad_matrix += _block_product(score.index_select(1, start), grad_score, ctx.matrix_shape)
-        return grad_x, grad_matrix.to(ctx.matrix_dtype), None, None, None, None, None, None
-
-
-def _block_product(left: Tensor, right: Tensor, shape: torch.Size) -> Tensor:
-    """Return the diagonal blocks of left^T right, (blocks, size, size), from two (out, in) tensors."""
-    blocks, size, _ = shape
-    return torch.bmm(left.view(-1, blocks, size).permute(1, 2, 0), right.view(-1, blocks, size).transpose(0, 1))
-
-
-class GroupPermutation(nn.Module):
-    """The learnable permutation of one linear group, evaluated once per step for all its linears."""
-
-    def __init__(self, learnable: LearnableBlockPermutation) -> None:
-        super().__init__()
-        self.learnable = learnable
-        self._value: BlockPermutation | None = None
-
-    @property
-    def value(self) -> BlockPermutation:
-        """The permutation of this step."""
-        if self._value is None:
-            raise RuntimeError("the permutation has no value yet; call `update` before the model runs")
-        return self._value
-
-    def update(self, temperature: float, iterations: int) -> None:
-        """Harden the logits for this step."""
-        self._value = self.learnable(temperature, iterations)
-
-    @torch.no_grad()
-    def fix(self, permutation: Permutation) -> None:
-        """Take a given permutation, for evaluation: no gradient flows."""
-        self._value = BlockPermutation(self.learnable.logits.detach(), permutation)
+        """Return the gradients of `x` and of the carrier."""
+        x, weight = ctx.saved_tensors
+        grad_x = grad_carrier = None
+        if ctx.needs_input_grad[0]:
+            grad_x = torch.matmul(grad, ctx.rule.masked(ctx.group, weight.t(), grad.dtype).t()).to(ctx.input_dtype)
+        if ctx.needs_input_grad[1]:
+            grad_carrier = x.flatten(0, -2).t() @ grad.flatten(0, -2)
+            if ctx.group.relaxed is not None:
+                grad_carrier = ctx.rule.pull_back(ctx.group, weight.t(), grad_carrier)
+        return grad_x, grad_carrier, None, None, None
 
 
 class MaskedLinear(nn.Module):
@@ -83,34 +141,49 @@ class MaskedLinear(nn.Module):
 
     Args:
         original: the linear it replaces.
-        score: (out, in) float32, importance of the weights.
+        rule: how the mask follows from the permutation.
         group: the permutation, shared with the other linears of the group.
     """
 
-    def __init__(self, original: nn.Linear, score: Tensor, group: GroupPermutation, pattern: NMPattern) -> None:
+    def __init__(self, original: nn.Linear, rule: MaskRule, group: GroupPermutation) -> None:
         super().__init__()
-        self.original = original
-        self.group = [group]  # in a list: the group is a module of the trainer, not of every linear
-        self.pattern = pattern
-        self.register_buffer("score", score, persistent=False)
-        self._order: Tensor | None = None
-        self._mask: Tensor | None = None
+        self.original, self.rule, self.group = original, rule, group
+        self._carrier: Tensor | None = None
+
+    def collect_gradient(self) -> None:
+        """From now on, sum the gradient of the masked weight up in `gradient`."""
+        if self._carrier is None:  # one element that looks like the weight: only its gradient takes memory
+            weight = self.original.weight
+            self._carrier = torch.zeros((), dtype=weight.dtype, device=weight.device).expand(weight.t().shape).requires_grad_()
+        self._carrier.grad = None
+
+    @property
+    def gradient(self) -> Tensor:
+        """The gradient of the masked weight, (in, out)."""
+        return self._carrier.grad
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply by the masked weight; (..., in) to (..., out)."""
-        value = self.group[0].value
-        order = value.permutation.order
-        output = MaskedLinearFunction.apply(
-            x, value.matrix, self.original.weight, self.score, self.mask(order), order, self.group[0].learnable.start_order, self.pattern
-        )
-        return output if self.original.bias is None else output + self.original.bias
+        carrier = self._carrier if self.group.relaxed is None else self.group.relaxed
+        output = MaskedLinearFunction.apply(x, carrier, self.original.weight, self.rule, self.group)
+        return output if self.original.bias is None else output + self.original.bias.to(output.dtype)
 
-    @torch.no_grad()
-    def mask(self, order: Tensor) -> Tensor:
-        """Return the mask of a channel order, in the original order; chosen anew only when the order changed."""
-        if self._order is None or not torch.equal(self._order, order):
-            self._mask = torch.empty_like(self.score, dtype=torch.bool).index_copy_(
-                1, order, nm_mask(self.score.index_select(1, order), self.pattern)
-            )
-            self._order = order
-        return self._mask
+
+@torch.no_grad()
+def mask_rule(weight: Tensor, score: Score, pattern: NMPattern, temperature: float | None) -> MaskRule:
+    """Make the rule of a linear.
+
+    Args:
+        weight: (out, in).
+        temperature: of the softmax behind the mask, in units of the mean score; None for the raw scores.
+    """
+    if temperature is None:
+        return MaskRule(score, pattern)
+    return MaskRule(score, pattern, score.of(weight).mean().clamp(min=torch.finfo(torch.float32).tiny) * temperature)
+
+
+@torch.no_grad()
+def channels_first(linear: nn.Linear, yes: bool) -> None:
+    """Lay a weight out with its channels (columns) one after another, or with its rows again; its values stay."""
+    weight = linear.weight
+    weight.data = weight.data.t().contiguous().t() if yes else weight.data.contiguous()

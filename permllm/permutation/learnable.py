@@ -1,66 +1,100 @@
 """Learnable permutations: logits per block of channels, relaxed by Sinkhorn, hardened by assignment."""
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor, nn
 
 from permllm.permutation.assignment import best_assignment
-from permllm.permutation.permutation import Permutation
 from permllm.permutation.sinkhorn import sinkhorn
 
-
-class BlockPermutation(NamedTuple):
-    """One value of a learnable permutation.
-
-    Attributes:
-        matrix: (blocks, size, size), exactly 0 or 1, `matrix[b, i, j] = 1` if slot `j` takes channel `i`;
-            its gradient is that of the soft permutation.
-        permutation: the same as an order of all channels.
-    """
-
-    matrix: Tensor
-    permutation: Permutation
+RELAXED_AT_ONCE = 2**22  # entries; Sinkhorn keeps two of them per sweep for its gradient
 
 
-class LearnableBlockPermutation(nn.Module):
-    """A permutation that learns which channel goes where inside blocks of `block_size`, after a fixed `start`.
+class LearnableBlocks(nn.Module):
+    """Logits of many blocks of channels of one size. Entry (i, j) of a block pulls its channel `i` to its slot `j`.
+
+    The relaxed value is a leaf: `relax` computes it without a graph, the loss pulls on it, and `pull_back` repeats
+    Sinkhorn a few blocks at a time, so that no more than (blocks, size, size) is ever kept between the two.
 
     Args:
-        start: the order that the blocks begin from; it may carry channels across blocks.
-        block_size: channels permuted among themselves; divides the number of channels.
+        blocks: how many.
+        size: channels permuted among themselves.
         generator: draws the logits uniformly from (-1, 1), as the paper's release does; without one they are
-            a soft identity, so that the first hard permutation is `start`.
-
-    Raises:
-        ValueError: if `block_size` does not divide the channels.
+            a soft identity, so that the first hard permutation changes nothing.
+        rank: learn a soft identity plus a product of (size, rank) factors, 2 rank / size as many parameters;
+            None for free logits.
 
     Source: PermLLM (NeurIPS 2025), section 3.
     """
 
-    def __init__(self, start: Permutation, block_size: int, generator: torch.Generator | None = None) -> None:
+    def __init__(self, blocks: int, size: int, generator: torch.Generator | None = None, rank: int | None = None) -> None:
         super().__init__()
-        if len(start) % block_size:
-            raise ValueError(f"blocks of {block_size} channels do not divide {len(start)} channels")
-        shape = (len(start) // block_size, block_size, block_size)
-        logits = torch.eye(block_size).expand(shape).clone() if generator is None else torch.rand(shape, generator=generator) * 2 - 1
-        self.register_buffer("start_order", start.order.clone(), persistent=False)
-        self.logits = nn.Parameter(logits)
+        identity = torch.eye(size).expand(blocks, size, size)
+        if rank is None:
+            logits = identity.clone() if generator is None else torch.rand(blocks, size, size, generator=generator) * 2 - 1
+            self.factors = nn.ParameterList([nn.Parameter(logits)])
+        else:
+            drawn = torch.randn(blocks, size, rank, generator=generator or torch.Generator().manual_seed(0)) / rank**0.5
+            self.factors = nn.ParameterList([nn.Parameter(drawn), nn.Parameter(torch.zeros(blocks, size, rank))])
+        self.relaxed: Tensor | None = None
 
     @property
-    def start(self) -> Permutation:
-        """The order that the blocks begin from."""
-        return Permutation(self.start_order)
+    def size(self) -> int:
+        """Channels of a block."""
+        return self.factors[0].shape[1]
 
-    def forward(self, temperature: float, iterations: int) -> BlockPermutation:
-        """Return the nearest hard permutation with the gradient of the soft one."""
-        soft = sinkhorn(self.logits, temperature, iterations)
-        orders = self.block_orders(soft)
-        hard = torch.zeros_like(soft).scatter_(1, orders[:, None, :], 1.0)
-        soft_gradient = soft - soft.detach()  # exactly 0, so the value stays exactly 0 or 1
-        return BlockPermutation(hard + soft_gradient, Permutation(self.start_order[Permutation.within_blocks(orders).order]))
+    def __len__(self) -> int:
+        return len(self.factors[0])
 
     @staticmethod
-    def block_orders(soft: Tensor) -> Tensor:
-        """Return the nearest permutation of every block, (blocks, size): the channel that each slot takes."""
-        return best_assignment(soft.transpose(1, 2))
+    def logits(*factors: Tensor) -> Tensor:
+        """Return (blocks, size, size) from the free logits, or from the two factors of low-rank ones."""
+        if len(factors) == 1:
+            return factors[0]
+        left, right = factors
+        return torch.baddbmm(torch.eye(left.shape[1], dtype=left.dtype, device=left.device), left, right.transpose(1, 2))
+
+    @torch.no_grad()
+    def relax(self, temperature: float, iterations: int, noise: Tensor | None = None) -> Tensor:
+        """Return nearly doubly stochastic matrices, (blocks, size, size), as a new leaf that collects the gradient.
+
+        Args:
+            temperature, iterations: see `sinkhorn`.
+            noise: added to the logits, (blocks, size, size); None for none.
+        """
+        parts = [sinkhorn(self._noisy(self.factors, noise, rows), temperature, iterations) for rows in self._chunks()]
+        self.relaxed = torch.cat(parts).requires_grad_()
+        return self.relaxed
+
+    def pull_back(self, temperature: float, iterations: int, noise: Tensor | None = None) -> None:
+        """Carry the gradient that the relaxed value collected back to the logits. Arguments as for `relax`."""
+        for factor in self.factors:
+            factor.grad = torch.zeros_like(factor)
+        if self.relaxed.grad is None:
+            return
+        for rows in self._chunks():
+            leaves = [factor.detach()[rows].requires_grad_() for factor in self.factors]
+            soft = sinkhorn(self._noisy(leaves, noise, slice(None), rows), temperature, iterations)
+            for factor, grad in zip(self.factors, torch.autograd.grad(soft, leaves, self.relaxed.grad[rows]), strict=True):
+                factor.grad[rows] = grad
+        self.relaxed.grad = None
+
+    def harden(self) -> Tensor:
+        """Return the permutation of every block that is nearest to the relaxed one, (blocks, size): the channel that each slot takes."""
+        return best_assignment(self.relaxed.detach().transpose(1, 2))
+
+    def _noisy(self, factors: nn.ParameterList | list[Tensor], noise: Tensor | None, rows: slice, noise_rows: slice | None = None) -> Tensor:
+        logits = self.logits(*(factor[rows] for factor in factors))
+        return logits if noise is None else logits + noise[noise_rows or rows]
+
+    def _chunks(self) -> list[slice]:
+        step = max(RELAXED_AT_ONCE // self.size**2, 1)
+        return [slice(first, first + step) for first in range(0, len(self), step)]
+
+
+def gumbel_noise(shape: torch.Size, scale: float, generator: torch.Generator, device: torch.device | str = "cpu") -> Tensor:
+    """Draw Gumbel noise, float32: logits with it sample permutations instead of taking the likeliest.
+
+    Source: Gumbel-Sinkhorn, arXiv:1802.08665.
+    """
+    uniform = torch.rand(shape, generator=generator).clamp_(1e-9, 1 - 1e-7)
+    return (-(-uniform.log()).log() * scale).to(device)

@@ -33,12 +33,14 @@ def prune_layer(
     pattern: NMPattern,
     method: PruningMethod,
     permutations: LayerPermutations | None = None,
+    generator: torch.Generator | None = None,
 ) -> PrunedLayer:
     """Prune the linears of one decoder layer: weights by path below it, statistics and learned permutations by group."""
-    return {
-        name: prune_group({path: weights[path] for path in group.readers}, stats[name], pattern, method, permutations and permutations[name])
-        for name, group in adapter.linear_groups.items()
-    }
+    pruned = {}
+    for name, group in adapter.linear_groups.items():
+        group_weights = {path: weights[path] for path in group.readers}
+        pruned[name] = prune_group(group_weights, stats[name], pattern, method, permutations and permutations[name], generator)
+    return pruned
 
 
 def prune_in_parallel(
@@ -56,8 +58,9 @@ def prune_in_parallel(
         permutations: of each decoder layer, for a method that has learned them.
     """
     learned = None if permutations is None else iter(permutations)
+    generator = torch.Generator().manual_seed(method.seed)
     for layer, stats in zip(weights, statistics, strict=True):
-        yield prune_layer(layer, adapter, stats, pattern, method, learned and next(learned))
+        yield prune_layer(layer, adapter, stats, pattern, method, learned and next(learned), generator)
 
 
 def model_weights(model: nn.Module, adapter: ModelAdapter) -> Iterator[dict[str, Tensor]]:
@@ -87,10 +90,11 @@ def prune_in_sequence(
     The model is pruned in place while this runs.
     """
     inputs = capture_decoder_inputs(model, adapter, tokens)
+    generator = torch.Generator().manual_seed(method.seed)
     for index, layer in enumerate(adapter.layers(model)):
         stats = layer_statistics(layer, adapter, inputs, batch_size)
         weights = {path: linear.weight for path, linear in adapter.linears(layer).items()}
-        pruned = prune_layer(weights, adapter, stats, pattern, method)
+        pruned = prune_layer(weights, adapter, stats, pattern, method, generator=generator)
         apply_layer(layer, pruned)
         advance(layer, inputs, batch_size, adapter.layer_path(index))
         yield pruned

@@ -11,13 +11,14 @@ from permllm.lookup import lookup
 from permllm.models.adapter import is_finite
 from permllm.permutation.heuristic import heuristic_permutation
 from permllm.permutation.permutation import Permutation
+from permllm.permutation.search import search_permutation
 from permllm.pruning.metrics import PRUNING_METRICS
 from permllm.pruning.sparsegpt import sparsegpt
 from permllm.sparsity.mask import nm_mask
 from permllm.sparsity.pattern import NMPattern
 
 UPDATES = {"sparsegpt": sparsegpt}
-ONE_SHOT_PERMUTATIONS = ("identity", "cp")
+SEARCH_SWEEPS = 1  # a second one lowers the output error further, but not the perplexity
 LEARNED_PERMUTATION = "lcp"
 
 
@@ -27,7 +28,8 @@ class PruningMethod:
 
     Attributes:
         score: the pruning metric that masks and permutations go by.
-        permutation: `identity`, `cp` (heuristic) or `lcp` (learned).
+        permutation: an entry of `PERMUTATIONS` (`identity`, `random`, `cp`, `search`), or `lcp` (learned).
+        seed: of a random permutation and of the search.
         update: what new values the kept weights get: None, or `sparsegpt`, which also chooses the masks.
 
     Raises:
@@ -37,10 +39,11 @@ class PruningMethod:
     score: str = "wanda"
     permutation: str = "identity"
     update: str | None = None
+    seed: int = 0
 
     def __post_init__(self) -> None:
         lookup(PRUNING_METRICS, self.score, "score")
-        lookup(dict.fromkeys((*ONE_SHOT_PERMUTATIONS, LEARNED_PERMUTATION)), self.permutation, "permutation")
+        lookup({**PERMUTATIONS, LEARNED_PERMUTATION: None}, self.permutation, "permutation")
         if self.update is not None:
             lookup(UPDATES, self.update, "weight update")
 
@@ -90,7 +93,12 @@ LayerPermutations = dict[str, Permutation]  # likewise
 
 
 def prune_group(
-    weights: Mapping[str, Tensor], stats: ActivationStats, pattern: NMPattern, method: PruningMethod, permutation: Permutation | None = None
+    weights: Mapping[str, Tensor],
+    stats: ActivationStats,
+    pattern: NMPattern,
+    method: PruningMethod,
+    permutation: Permutation | None = None,
+    generator: torch.Generator | None = None,
 ) -> PrunedGroup:
     """Prune the linears of one group.
 
@@ -98,6 +106,7 @@ def prune_group(
         weights: (out, in) each, by path, all with the same input.
         stats: of that input.
         permutation: the learned order for a method with learned permutations; otherwise the method finds its own.
+        generator: of a random permutation and of the search; None for a new one with the method's seed.
 
     Returns:
         Masks in the original channel order; equal solutions have equal permutations.
@@ -105,12 +114,13 @@ def prune_group(
     Raises:
         ValueError: if a score is not finite, or a method with learned permutations is given none.
     """
-    scores = {path: lookup(PRUNING_METRICS, method.score, "score")(weight, stats) for path, weight in weights.items()}
+    scores = {path: lookup(PRUNING_METRICS, method.score, "score")(weight, stats).of(weight) for path, weight in weights.items()}
     broken = [path for path, score in scores.items() if not is_finite(score)]
     if broken:
         raise ValueError(f"the scores of {', '.join(broken)} must be finite; the weights or the statistics hold NaN or infinity")
     if permutation is None:
-        permutation = _find_permutation(scores, pattern, method)
+        generator = generator or torch.Generator().manual_seed(method.seed)
+        permutation = find_permutation(method.permutation, weights, scores, stats, pattern, generator)
     permutation = permutation.canonical(pattern.group)
     if method.update is None:
         linears = {path: PrunedLinear(_permuted_mask(score, permutation, pattern)) for path, score in scores.items()}
@@ -121,15 +131,41 @@ def prune_group(
     return PrunedGroup(permutation, linears, kept / total if total else 1.0, _output_error(weights, linears, stats))
 
 
-def _find_permutation(scores: Mapping[str, Tensor], pattern: NMPattern, method: PruningMethod) -> Permutation:
-    stacked = torch.cat(list(scores.values()))
-    match method.permutation:
-        case "identity":
-            return Permutation.identity(stacked.shape[1])
-        case "cp":
-            return heuristic_permutation(stacked, pattern)
-        case _:
-            raise ValueError(f"permutation {method.permutation!r} has to be learned first; pass the permutation")
+def find_permutation(
+    name: str, weights: Mapping[str, Tensor], scores: Mapping[str, Tensor], stats: ActivationStats, pattern: NMPattern, generator: torch.Generator
+) -> Permutation:
+    """Find the order of a linear group's input channels without learning.
+
+    Args:
+        name: an entry of `PERMUTATIONS`.
+        weights, scores: (out, in) of the group's linears, by path.
+
+    Raises:
+        ValueError: if the permutation has to be learned.
+    """
+    if name == LEARNED_PERMUTATION:
+        raise ValueError(f"permutation {name!r} has to be learned first; pass the permutation")
+    weight, score = (torch.cat(list(tensors.values())) for tensors in (weights, scores))
+    return lookup(PERMUTATIONS, name, "permutation")(weight, score, stats.gram, pattern, generator)
+
+
+def _identity(weight: Tensor, score: Tensor, gram: Tensor, pattern: NMPattern, generator: torch.Generator) -> Permutation:
+    return Permutation.identity(weight.shape[1])
+
+
+def _random(weight: Tensor, score: Tensor, gram: Tensor, pattern: NMPattern, generator: torch.Generator) -> Permutation:
+    return Permutation.random(weight.shape[1], generator)
+
+
+def _heuristic(weight: Tensor, score: Tensor, gram: Tensor, pattern: NMPattern, generator: torch.Generator) -> Permutation:
+    return heuristic_permutation(score, pattern)
+
+
+def _search(weight: Tensor, score: Tensor, gram: Tensor, pattern: NMPattern, generator: torch.Generator) -> Permutation:
+    return search_permutation(weight, score, gram, pattern, heuristic_permutation(score, pattern), SEARCH_SWEEPS, generator)
+
+
+PERMUTATIONS = {"identity": _identity, "random": _random, "cp": _heuristic, "search": _search}
 
 
 def _permuted_mask(score: Tensor, permutation: Permutation, pattern: NMPattern) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from permllm.calibration.statistics import ActivationStats
 from permllm.permutation.heuristic import heuristic_permutation
 from permllm.permutation.permutation import Permutation
-from permllm.pruning.methods import PrunedLinear, PruningMethod, prune_group
+from permllm.pruning.methods import PERMUTATIONS, PrunedLinear, PruningMethod, find_permutation, prune_group
 from permllm.pruning.metrics import PRUNING_METRICS, wanda
 from permllm.pruning.sparsegpt import sparsegpt
 from permllm.sparsity.mask import is_nm_sparse, nm_mask
@@ -17,7 +17,7 @@ from permllm.sparsity.pattern import NMPattern
 PATTERN = NMPattern(2, 4)
 METHODS = [
     PruningMethod(score, permutation, update)
-    for score, permutation, update in product(PRUNING_METRICS, ("identity", "cp", "lcp"), (None, "sparsegpt"))
+    for score, permutation, update in product(PRUNING_METRICS, ("identity", "random", "cp", "search", "lcp"), (None, "sparsegpt"))
 ]
 
 
@@ -61,14 +61,51 @@ def test_without_a_permutation_the_mask_is_that_of_the_score():
     weights, _, stats = group()
     pruned = prune_group(weights, stats, PATTERN, PruningMethod("wanda"))
     assert pruned.permutation == Permutation.identity(16)
-    assert all(torch.equal(pruned.linears[path].mask, nm_mask(wanda(weight, stats), PATTERN)) for path, weight in weights.items())
+    assert all(torch.equal(pruned.linears[path].mask, nm_mask(wanda(weight, stats).of(weight), PATTERN)) for path, weight in weights.items())
     assert all(linear.weight is None for linear in pruned.linears.values())
 
 
 def test_the_heuristic_looks_at_all_linears_of_the_group_together():
     weights, _, stats = group()
     pruned = prune_group(weights, stats, PATTERN, PruningMethod("wanda", "cp"))
-    assert pruned.permutation == heuristic_permutation(wanda(torch.cat(list(weights.values())), stats), PATTERN)
+    weight = torch.cat(list(weights.values()))
+    assert pruned.permutation == heuristic_permutation(wanda(weight, stats).of(weight), PATTERN)
+
+
+def test_the_search_never_changes_the_output_more_than_the_heuristic_it_begins_from():
+    for seed in range(5):
+        weights, _, stats = group(seed=seed)
+        found, start = (prune_group(weights, stats, PATTERN, PruningMethod("wanda", permutation)).output_error for permutation in ("search", "cp"))
+        assert found < start
+
+
+def test_a_random_permutation_depends_on_the_seed_only():
+    def permutation(seed, score="wanda", update=None, draw=0):
+        weights, _, stats = group(seed=draw)
+        return prune_group(weights, stats, PATTERN, PruningMethod(score, "random", update, seed)).permutation
+
+    first = permutation(seed=1)
+    assert first == permutation(seed=1, score="ria") == permutation(seed=1, update="sparsegpt") == permutation(seed=1, draw=5)
+    assert first != permutation(seed=2)
+    torch.manual_seed(9)
+    assert first == permutation(seed=1)
+
+
+@pytest.mark.parametrize("permutation", ["random", "search"])
+def test_a_given_generator_goes_on_from_group_to_group(permutation):
+    """One seed for a whole model, but every linear group draws anew."""
+    weights, _, stats = group(in_channels=32)
+    method, generator = PruningMethod("wanda", permutation, seed=3), torch.Generator().manual_seed(3)
+    first, second = (prune_group(weights, stats, PATTERN, method, generator=generator).permutation for _ in range(2))
+    assert first == prune_group(weights, stats, PATTERN, method).permutation != second
+
+
+@pytest.mark.parametrize("name", sorted(PERMUTATIONS))
+def test_a_permutation_without_learning_is_found_by_name(name):
+    weights, _, stats = group()
+    scores = {path: wanda(weight, stats).of(weight) for path, weight in weights.items()}
+    found = find_permutation(name, weights, scores, stats, PATTERN, torch.Generator().manual_seed(0))
+    assert found.canonical(4) == prune_group(weights, stats, PATTERN, PruningMethod("wanda", name)).permutation
 
 
 @pytest.mark.parametrize("score", sorted(PRUNING_METRICS))
@@ -132,7 +169,7 @@ def test_low_precision_weights_are_scored_in_float32_and_returned_in_their_own_t
         assert torch.equal(linear.apply(weights[path]), high.linears[path].apply(wide[path]).bfloat16())
 
 
-@pytest.mark.parametrize("permutation", ["identity", "cp"])
+@pytest.mark.parametrize("permutation", sorted(PERMUTATIONS))
 @pytest.mark.parametrize("broken", [float("nan"), float("inf")])
 def test_scores_that_are_not_finite_are_refused(permutation, broken):
     weights, _, stats = group()
@@ -141,7 +178,9 @@ def test_scores_that_are_not_finite_are_refused(permutation, broken):
         prune_group(weights, stats, PATTERN, PruningMethod("wanda", permutation))
 
 
-@pytest.mark.parametrize("method", [PruningMethod(), PruningMethod(permutation="cp"), PruningMethod(update="sparsegpt")], ids=str)
+@pytest.mark.parametrize(
+    "method", [PruningMethod(), PruningMethod(permutation="cp"), PruningMethod(permutation="search"), PruningMethod(update="sparsegpt")], ids=str
+)
 def test_a_group_that_computes_nothing_can_be_pruned(method):
     """Depth-extended models have layers whose output projections are zero."""
     _, _, stats = group()
@@ -154,6 +193,8 @@ def test_a_learned_permutation_has_to_be_given():
     weights, _, stats = group()
     with pytest.raises(ValueError, match="permutation 'lcp' has to be learned first"):
         prune_group(weights, stats, PATTERN, PruningMethod(permutation="lcp"))
+    with pytest.raises(ValueError, match="permutation 'lcp' has to be learned first"):
+        find_permutation("lcp", weights, weights, stats, PATTERN, torch.Generator())
 
 
 def test_a_width_that_the_pattern_does_not_divide_is_refused():
@@ -166,7 +207,7 @@ def test_a_width_that_the_pattern_does_not_divide_is_refused():
     ("settings", "message"),
     [
         ({"score": "wand"}, r"unknown score 'wand': choose one of magnitude, ria, wanda; did you mean 'wanda'\?"),
-        ({"permutation": "none"}, r"unknown permutation 'none': choose one of cp, identity, lcp"),
+        ({"permutation": "none"}, r"unknown permutation 'none': choose one of cp, identity, lcp, random, search"),
         ({"update": "obs"}, r"unknown weight update 'obs': choose one of sparsegpt"),
     ],
 )

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from permllm.sparsity import mask as mask_module
-from permllm.sparsity.mask import group_softmax, group_softmax_gradient, is_nm_sparse, nm_mask, straight_through_mask
+from permllm.sparsity.mask import group_softmax, group_softmax_gradient, is_nm_sparse, nm_mask
 from permllm.sparsity.pattern import NMPattern
 
 PATTERNS = ["1:2", "1:4", "2:4", "3:4", "4:8", "5:16", "1:17", "3:20"]
@@ -49,15 +49,26 @@ def test_of_equal_scores_the_first_are_kept(text):
     assert torch.equal(nm_mask(score, pattern), ranked_mask(score, pattern))
 
 
+@pytest.mark.parametrize("dim", [0, 1, -1])
 @pytest.mark.parametrize("text", PATTERNS)
-def test_comparing_and_sorting_give_the_same_mask(text, monkeypatch):
+def test_comparing_and_sorting_give_the_same_mask(text, dim, monkeypatch):
     pattern = NMPattern.parse(text)
-    score = normal(20, 3 * pattern.group, seed=1).mul(2).round()  # with ties
+    score = normal(2 * pattern.group, 3 * pattern.group, seed=1).mul(2).round()  # with ties
     masks = []
     for largest in (0, 1000):
         monkeypatch.setattr(mask_module, "LARGEST_COMPARED_GROUP", largest)
-        masks.append(nm_mask(score, pattern))
+        masks.append(nm_mask(score, pattern, dim))
     assert torch.equal(*masks)
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2, -3, -2, -1])
+@pytest.mark.parametrize("text", ["2:4", "4:8", "3:20"])
+def test_the_channels_may_lie_in_any_dimension(text, dim):
+    pattern = NMPattern.parse(text)
+    channels_last = normal(3, 5, 2 * pattern.group).mul(2).round()  # with ties
+    mask = nm_mask(channels_last.movedim(-1, dim), pattern, dim)
+    assert torch.equal(mask.movedim(dim, -1), nm_mask(channels_last, pattern))
+    assert torch.equal(nm_mask(channels_last.movedim(-1, dim).contiguous(), pattern, dim), mask)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.int64])
@@ -67,33 +78,32 @@ def test_nm_mask_takes_scores_of_any_type_and_any_leading_shape(dtype):
     assert torch.equal(nm_mask(score, pattern).flatten(0, 1), ranked_mask(score.flatten(0, 1), pattern))
 
 
-def test_nm_mask_refuses_a_width_that_the_group_does_not_divide():
+@pytest.mark.parametrize("dim", [0, 1])
+def test_nm_mask_refuses_a_width_that_the_group_does_not_divide(dim):
+    score = normal(2, 10) if dim else normal(10, 2)
     with pytest.raises(ValueError, match="the score has 10"):
-        nm_mask(normal(2, 10), NMPattern(2, 4))
+        nm_mask(score, NMPattern(2, 4), dim)
 
 
 @pytest.mark.parametrize("text", ["2:4", "4:8", "3:20"])
-def test_straight_through_mask_is_exactly_the_hard_mask(text):
+def test_group_softmax_is_the_softmax_over_each_group_of_channels(text):
     pattern = NMPattern.parse(text)
-    score = (normal(50, 3 * pattern.group) * 20).requires_grad_()
-    assert torch.equal(straight_through_mask(score, pattern), nm_mask(score, pattern).float())
+    score = normal(3 * pattern.group, 4)
+    groups = [group.softmax(0) for group in score.split(pattern.group)]
+    torch.testing.assert_close(group_softmax(score, pattern), torch.cat(groups))
+
+
+def test_the_sharper_the_scores_the_nearer_group_softmax_is_to_the_mask():
+    pattern, score = NMPattern(1, 4), normal(12, 5, dtype=torch.float64)
+    distances = [(group_softmax(score * sharpness, pattern) - nm_mask(score, pattern, dim=0).double()).abs().max() for sharpness in (1, 10, 1000)]
+    assert distances[0] > distances[1] > distances[2] < 1e-3
 
 
 @pytest.mark.parametrize("text", ["2:4", "4:8", "3:20"])
-def test_straight_through_mask_has_the_gradient_of_the_softmax_over_each_group(text):
+def test_group_softmax_gradient_is_what_autograd_computes(text):
     pattern = NMPattern.parse(text)
-    score = normal(4, 3 * pattern.group, dtype=torch.float64).requires_grad_()
-    upstream = normal(4, 3 * pattern.group, seed=1, dtype=torch.float64)
-    (gradient,) = torch.autograd.grad(straight_through_mask(score, pattern), score, upstream)
-    groups = [group.softmax(-1) for group in score.split(pattern.group, dim=-1)]
-    (expected,) = torch.autograd.grad(torch.cat(groups, dim=-1), score, upstream)
-    torch.testing.assert_close(gradient, expected)
-
-
-def test_group_softmax_gradient_is_what_autograd_computes():
-    pattern = NMPattern(2, 4)
-    score, upstream = normal(3, 8, dtype=torch.float64).requires_grad_(), normal(3, 8, seed=1, dtype=torch.float64)
-    softmax = group_softmax(score, pattern)
+    score, upstream = (normal(3 * pattern.group, 4, seed=seed, dtype=torch.float64) for seed in (0, 1))
+    softmax = group_softmax(score.requires_grad_(), pattern)
     (expected,) = torch.autograd.grad(softmax, score, upstream)
     torch.testing.assert_close(group_softmax_gradient(softmax.detach(), upstream, pattern), expected)
 

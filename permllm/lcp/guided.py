@@ -1,0 +1,150 @@
+"""Learn permutations without logits: re-partition groups of channels where the loss's own gradient says that it falls.
+
+A re-partition changes what the mask removes, E, by D. With Q the gradient of the loss with respect to the masked weight
+and f_i the curvature of the loss in output i, averaged over the tokens, the loss changes by about
+
+    -<Q, D> + 1/2 sum_i f_i (D G D^T)_ii
+
+which is the error of `permllm.permutation.search` for rows scaled by sqrt(f_i / 2) with another pull. The Gram matrix G
+knows all calibration tokens: it holds back moves that the gradient of a few sequences only seems to want.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from permllm.calibration.statistics import LayerStats
+from permllm.lcp.group_permutations import GroupPermutation
+from permllm.lcp.masked_linear import MaskedLinear
+from permllm.lcp.recipes import LearnConfig
+from permllm.permutation.permutation import Permutation
+from permllm.permutation.search import Moves, Partition, random_pairs, ranks, regrouped, single_threaded
+from permllm.pruning.methods import LayerPermutations
+from permllm.sparsity.pattern import NMPattern
+
+FLATTEST = 1e-12  # of a linear's mean curvature: rows that the loss does not see are no reason to divide by zero
+
+MaskedGroups = Sequence[Mapping[str, Sequence[MaskedLinear]]]  # by decoder layer and name of the linear group
+
+
+class GuidedGroups:
+    """Permutations of the linear groups of some decoder layers that learn by re-partitions.
+
+    Args:
+        starts: of every linear group of every layer.
+
+    Attributes:
+        layers: the permutations by layer and name of the linear group.
+    """
+
+    def __init__(self, starts: Sequence[LayerPermutations], pattern: NMPattern, config: LearnConfig, device: torch.device) -> None:
+        self.pattern, self.config = pattern, config
+        self._ranks: dict[MaskedLinear, Tensor] = {}  # of a group's scores, by its first linear: they do not change
+        self.layers = [{name: GroupPermutation(start.canonical(pattern.group).order.to(device)) for name, start in layer.items()} for layer in starts]
+
+    def permutations(self) -> list[LayerPermutations]:
+        """Return the permutations as they are now."""
+        return [{name: Permutation(group.order) for name, group in layer.items()} for layer in self.layers]
+
+    def set(self, permutations: Iterable[LayerPermutations]) -> None:
+        """Take other permutations."""
+        for layer, given in zip(self.layers, permutations, strict=True):
+            for name, group in layer.items():
+                group.start = given[name].order.to(group.start.device)
+
+    @torch.no_grad()
+    def regroup(
+        self,
+        linears: MaskedGroups,
+        statistics: Iterable[LayerStats],
+        curvature: Mapping[MaskedLinear, Tensor],
+        share: float,
+        generator: torch.Generator,
+    ) -> int:
+        """Make the moves of all linear groups that lower the loss most, and return how many.
+
+        Args:
+            linears: with the gradients that they collected.
+            statistics: of the same decoder layers.
+            curvature: of the loss in the outputs of every linear, (out,).
+            share: how many of the pairs tried may move, 0..1.
+        """
+        proposed: list[tuple[GroupPermutation, Tensor, Moves]] = []
+        for layer, group_linears, stats in zip(self.layers, linears, statistics, strict=True):
+            for name, group in layer.items():
+                partition = self._partition(group, group_linears[name], stats[name].gram, curvature)
+                proposed.append((group, partition.groups, partition.propose(random_pairs(len(partition.groups), generator))))
+        gains = torch.cat([moves.gain for *_, moves in proposed])
+        least = max(float(gains.topk(max(round(share * len(gains)), 1)).values[-1]), torch.finfo(gains.dtype).tiny)
+        for group, groups, moves in proposed:
+            group.start = regrouped(groups, moves[moves.gain >= least]).flatten()
+        return int((gains >= least).sum())
+
+    def _partition(
+        self, group: GroupPermutation, linears: Sequence[MaskedLinear], gram: Tensor, curvature: Mapping[MaskedLinear, Tensor]
+    ) -> Partition:
+        """Return the groups of one linear group, with the loss as their error."""
+        weights = [linear.original.weight for linear in linears]
+        if linears[0] not in self._ranks:
+            self._ranks[linears[0]] = ranks(torch.cat([linear.rule.score.of(weight) for linear, weight in zip(linears, weights, strict=True)]))
+        bend = torch.cat([curvature[linear] for linear in linears]) * (self.config.curvature / 2)
+        scale = bend.clamp(min=max(float(bend.mean()) * FLATTEST, torch.finfo(torch.float32).tiny)).sqrt()
+        partition = Partition(torch.cat(weights).float() * scale[:, None], self._ranks[linears[0]], gram, self.pattern, group.order)
+        gradient = torch.cat([linear.gradient for linear in linears], dim=1).float()  # (in, out)
+        partition.pull = gradient / (-2 * scale)
+        return partition
+
+
+class GuidedLearner:
+    """Moves groups of channels once an epoch, by the gradient over all training sequences.
+
+    Args:
+        curvature: see `GuidedGroups.regroup`.
+    """
+
+    def __init__(
+        self,
+        groups: GuidedGroups,
+        linears: MaskedGroups,
+        statistics: Sequence[LayerStats],
+        curvature: Mapping[MaskedLinear, Tensor],
+        config: LearnConfig,
+        generator: torch.Generator,
+    ) -> None:
+        self.groups, self.linears, self.statistics, self.curvature = groups, linears, statistics, curvature
+        self.config, self.generator = config, generator
+        self.start_epoch()
+
+    def start_epoch(self) -> None:
+        """Collect a new gradient."""
+        for linear in self._all():
+            linear.collect_gradient()
+
+    def prepare(self, temperature: float, *, hard: bool = False, noise: float = 0.0) -> None:
+        """Do nothing: the permutations are hard, and change between epochs only."""
+
+    def weigh(self, loss: Tensor, share: float) -> Tensor:
+        """Return the batch's share of the loss over all sequences."""
+        return loss * share
+
+    def end_batch(self) -> None:
+        """Do nothing."""
+
+    def end_epoch(self, progress: float) -> None:
+        """Move."""
+        with single_threaded():
+            self.groups.regroup(self.linears, self.statistics, self.curvature, self.config.moves * (1 - progress), self.generator)
+        self.start_epoch()
+
+    def state(self) -> dict[str, Any]:
+        """Return what a resumed run needs."""
+        return {"orders": [{name: group.start.cpu() for name, group in layer.items()} for layer in self.groups.layers]}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take a saved state up."""
+        self.groups.set([{name: Permutation(order) for name, order in layer.items()} for layer in state["orders"]])
+
+    def _all(self) -> Iterable[MaskedLinear]:
+        return (linear for layer in self.linears for group in layer.values() for linear in group)
