@@ -18,11 +18,14 @@ export MLFLOW_SERVER_ENABLE_JOB_EXECUTION := false
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export PREFECT_HOME ?= $(CURDIR)/.prefect
 
-.PHONY: repro test server deploy worker flow track ui clean
+.PHONY: repro test ablation server deploy worker flow track ui clean
 
 repro: $(BIN)/.ready ## run what is out of date, then print the comparison; MODELS=llama-2-7b runs others than run.models
 	dvc $(if $(MODELS),exp run --set-param 'run.models=[$(MODELS)]',repro)
 	@cat data/report/table.md
+
+ablation: $(BIN)/.ready ## compare recipes and their switches over seeds; takes an hour or two, resumes row by row
+	dvc repro flows/studies/dvc.yaml
 
 test: $(BIN)/.ready ## run the tests
 	pytest $(PYTEST)
@@ -57,4 +60,4 @@ $(BIN)/.ready: pyproject.toml constraints.txt
 	touch $@
 
 clean: ## remove everything that a command above can make again
-	rm -rf .venv .prefect mlflow.db mlartifacts data/calibrate data/prune data/learn data/assemble data/benchmark data/evaluate data/metrics
+	rm -rf .venv .cache .prefect mlflow.db mlartifacts data/calibrate data/prune data/learn data/assemble data/benchmark data/evaluate data/metrics

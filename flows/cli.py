@@ -3,7 +3,7 @@
 import argparse
 import importlib
 
-STAGES = ("calibrate", "prune", "learn", "assemble", "benchmark", "evaluate", "report")
+STAGES = ("calibrate", "prune", "learn", "assemble", "benchmark", "evaluate", "report", "ablation")
 
 
 def main() -> None:

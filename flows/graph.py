@@ -45,13 +45,14 @@ Stages = Mapping[str, Stage]  # by address, every stage after the stages that it
 
 
 def read_stages(root: Path = Path()) -> Stages:
-    """Read all stages of the project in `root`."""
+    """Read all stages of `dvc.yaml` in `root`; studies in other files are not part of the pipeline."""
     from dvc.repo import Repo  # takes most of a second
 
     with Repo(str(root)) as repo:
         graph = repo.index.graph  # an edge points from a stage to one that it depends on
-        nodes = {node.addressing: node for node in graph if node.cmd}  # without a command: a file that DVC tracks
-        needs = {address: sorted(other.addressing for other in graph.successors(nodes[address]) if other.cmd) for address in sorted(nodes)}
+        # without a command: a file that DVC tracks
+        nodes = {node.addressing: node for node in graph if node.cmd and node.path_in_repo == "dvc.yaml"}
+        needs = {address: sorted(other.addressing for other in graph.successors(nodes[address]) if other.addressing in nodes) for address in sorted(nodes)}
         order = TopologicalSorter(needs).static_order()
         return {address: Stage(address, _setting(nodes[address]), tuple(needs[address])) for address in order}
 

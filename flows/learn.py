@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -9,7 +10,7 @@ from tqdm import tqdm
 from flows.paths import Setting
 from flows.prune import open_calibration, pruning_record
 from flows.stage import logger, run_stage
-from permllm.artifacts import need_disk, replacing_folder
+from permllm.artifacts import fingerprint, need_disk, replacing_folder, source_fingerprint
 from permllm.lcp.trainer import EpochRecord, learn_permutations
 from permllm.models.checkpoint_files import CheckpointFiles
 from permllm.models.families import adapter_of
@@ -18,6 +19,8 @@ from permllm.params import Params
 from permllm.pruning.layerwise import model_weights, prune_in_parallel
 from permllm.pruning.storage import pruning_bytes, save_pruning
 from permllm.sparsity.pattern import NMPattern
+
+SCRATCH = Path(".cache/learn")  # of interrupted runs; outside of what DVC tracks
 
 
 def learn(params: Params, setting: Setting) -> dict[str, Any]:
@@ -29,6 +32,8 @@ def learn(params: Params, setting: Setting) -> dict[str, Any]:
     need_disk(setting.path("prune"), pruning_bytes(CheckpointFiles.find(source.folder()), method.pruning()))
     model = load_model(source)
     adapter = adapter_of(model)
+    source_code = source_fingerprint("calibration", "lcp", "permutation", "pruning", "sparsity")
+    state_file = SCRATCH / f"{fingerprint([source_code, calibration.fingerprint, setting.pattern, method.score, asdict(config)])}.pt"
     with (
         replacing_folder(setting.path("learn")) as history_folder,
         (history_folder / "history.jsonl").open("w", buffering=1) as history,
@@ -40,13 +45,16 @@ def learn(params: Params, setting: Setting) -> dict[str, Any]:
             logger.info("learn epoch %d/%d: held-out loss %.5f", record.epoch, config.epochs, record.held_out_loss)
             bar.update(record.epoch > 0)
 
-        result = learn_permutations(model, adapter, calibration.samples, calibration.statistics, pattern, method.score, config, record_epoch)
+        result = learn_permutations(
+            model, adapter, calibration.samples, calibration.statistics, pattern, method.score, config, record_epoch, state_file
+        )
     weights = model_weights(model, adapter)
     layers = prune_in_parallel(weights, adapter, calibration.statistics, pattern, method.pruning(), result.permutations)
     with replacing_folder(setting.path("prune")) as folder:
         quality = save_pruning(folder, layers, pruning_record(setting, params, calibration, asdict(config)))
-    best = min(result.history, key=lambda record: record.held_out_loss)
-    return {**quality, "start_loss": result.history[0].held_out_loss, "best_loss": best.held_out_loss, "best_epoch": best.epoch}
+    state_file.unlink(missing_ok=True)
+    losses = {"start_loss": result.start.held_out_loss, "best_loss": result.best.held_out_loss, "best_epoch": result.best.epoch}
+    return {**quality, **losses, **({"stopped": result.stopped} if result.stopped else {})}
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -7,6 +7,7 @@ from typing import Any, Self, TypeVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from permllm.ablation import AblationConfig, NamedRows, SwitchRows
 from permllm.artifacts import read_yaml
 from permllm.benchmark.latency import BenchmarkConfig
 from permllm.calibration.samples import CalibrateConfig
@@ -47,11 +48,12 @@ class MethodParams:
     score: str = "wanda"
     permutation: str = "identity"
     update: str | None = None
+    seed: int = 0
     learn: Mapping[str, Any] = field(default_factory=dict)
 
     def pruning(self) -> PruningMethod:
         """Return the choices as the library takes them."""
-        return PruningMethod(self.score, self.permutation, self.update)
+        return PruningMethod(self.score, self.permutation, self.update, self.seed)
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,7 @@ class Params:
     run: RunParams
     methods: Mapping[str, MethodParams]
     models: Mapping[str, ModelParams]
+    ablation: AblationConfig = AblationConfig(seeds=())
     budgets: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -181,6 +184,7 @@ class Params:
 
 
 SECTIONS = (
+    AblationConfig, NamedRows, SwitchRows,
     RunParams, MethodParams, ModelParams, CalibrateConfig, PruneConfig, BenchmarkConfig, EvaluateConfig, PerplexityConfig, ZeroShotConfig, TextSource,
 )  # fmt: skip
 

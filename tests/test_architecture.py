@@ -14,6 +14,7 @@ FLOORS = [  # from the bottom up
     ("permllm.lcp",),
     ("permllm.assembly",),
     ("permllm.benchmark", "permllm.evaluation", "permllm.report"),
+    ("permllm.ablation",),
     ("permllm.params",),
     ("permllm", "permllm.api"),
     ("flows",),
@@ -25,7 +26,7 @@ NEIGHBOURS = {  # who may know whom on one floor
     ("permllm.sparsity", "permllm.lookup"),
     ("permllm", "permllm.api"),
 }
-STAGES = ("calibrate", "prune", "learn", "assemble", "benchmark", "evaluate", "report")
+STAGES = ("calibrate", "prune", "learn", "assemble", "benchmark", "evaluate", "report", "ablation")
 ORCHESTRATORS = {"prefect", "mlflow"}
 
 

@@ -36,6 +36,36 @@ def perplexity_figure(rows: Sequence[Row]) -> Figure:
     return figure
 
 
+def ablation_figure(records: Sequence[Mapping[str, Any]]) -> Figure:
+    """Draw how much of the gap every recipe and every changed switch closes: the mean over seeds, and each seed as a dot.
+
+    Args:
+        records: rows of the study, see `permllm.ablation`.
+    """
+    panels: dict[str, dict[str, list[float]]] = {}
+    for record in records:
+        around = f", around {record['around']}" if record["around"] else ""
+        title = f"{record['model']}, {record['sparsity']}, {record['score']}{around}"
+        name = (record["change"] or f"({record['around']})") if record["around"] else record["recipe"]
+        panels.setdefault(title, {}).setdefault(name, []).append(100 * record["gap_closed"])
+    heights = [len(rows) for rows in panels.values()]
+    figure = Figure(figsize=(9, 0.28 * sum(heights) + 0.7 * len(panels) + 0.4), dpi=DPI, layout="constrained")
+    axes_of_panels = figure.subplots(len(panels), 1, squeeze=False, sharex=True, gridspec_kw={"height_ratios": heights})[:, 0]
+    for axes, (title, rows) in zip(axes_of_panels, panels.items(), strict=True):
+        means = {name: sum(closed) / len(closed) for name, closed in rows.items()}
+        colors = [BLUE if name in ("best", "(best)") else ORANGE if name in ("paper", "(paper)") else "#a9c5d6" for name in means]
+        axes.barh(list(means), list(means.values()), color=colors)
+        for name, closed in rows.items():
+            axes.plot(closed, [name] * len(closed), ".", color=GREY, markersize=4)
+        axes.axvline(0, color=GREY, linewidth=0.8)
+        axes.set_title(title, fontsize=9, loc="left")
+        axes.tick_params(labelsize=8)
+        axes.invert_yaxis()
+        axes.spines[["top", "right"]].set_visible(False)
+    axes_of_panels[-1].set_xlabel("% of the perplexity gap between Wanda and dense that is closed (bar: mean, dots: seeds)", fontsize=8)
+    return figure
+
+
 def learning_figure(histories: Mapping[str, Sequence[Mapping[str, Any]]], title: str) -> Figure:
     """Draw the held-out (solid) and training (dotted) loss over the epochs; a dot marks the permutations kept.
 
@@ -51,7 +81,7 @@ def learning_figure(histories: Mapping[str, Sequence[Mapping[str, Any]]], title:
         axes.plot(epochs[1:], [record["training_loss"] for record in history[1:]], color=color, linewidth=1, linestyle=":")
         best = min(history, key=lambda record: record["held_out_loss"])
         axes.plot(best["epoch"], best["held_out_loss"], "o", color=color, markersize=5)
-    axes.set(title=title, xlabel="epoch", ylabel="1 - cosine similarity to the dense model")
+    axes.set(title=title, xlabel="epoch", ylabel="distance to the dense model by the recipe's objective", yscale="log")
     axes.legend(frameon=False, fontsize=8)
     axes.grid(color=LIGHT, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
