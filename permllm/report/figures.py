@@ -72,17 +72,18 @@ def learning_figure(histories: Mapping[str, Sequence[Mapping[str, Any]]], title:
     Args:
         histories: records of `EpochRecord`, by the name of the curve.
     """
-    figure = Figure(figsize=(6, 3.6), dpi=DPI, layout="constrained")
+    figure = Figure(figsize=(8, 3.8), dpi=DPI, layout="constrained")
     axes = figure.subplots()
-    for (name, history), color in zip(histories.items(), [BLUE, ORANGE, GREY, "#7b5ea7", "#3a8f5c", "#b23a48"] * len(histories), strict=False):
+    colors = [BLUE, ORANGE, GREY, "#7b5ea7", "#3a8f5c", "#b23a48", "#c9a227", "#17a2b8"]
+    for (name, history), color in zip(histories.items(), colors * len(histories), strict=False):
         epochs = [record["epoch"] for record in history]
         held_out = [record["held_out_loss"] for record in history]
         axes.plot(epochs, held_out, color=color, linewidth=1.4, label=name)
         axes.plot(epochs[1:], [record["training_loss"] for record in history[1:]], color=color, linewidth=1, linestyle=":")
         best = min(history, key=lambda record: record["held_out_loss"])
         axes.plot(best["epoch"], best["held_out_loss"], "o", color=color, markersize=5)
-    axes.set(title=title, xlabel="epoch", ylabel="distance to the dense model by the recipe's objective", yscale="log")
-    axes.legend(frameon=False, fontsize=8)
+    axes.set(title=title, xlabel="epoch", ylabel="loss (of the recipe's own objective)", yscale="log")
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     axes.grid(color=LIGHT, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     return figure
