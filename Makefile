@@ -24,7 +24,7 @@ repro: $(BIN)/.ready ## run what is out of date, then print the comparison; MODE
 	dvc $(if $(MODELS),exp run --set-param 'run.models=[$(MODELS)]',repro)
 	@cat data/report/table.md
 
-ablation: $(BIN)/.ready ## compare recipes and their switches over seeds; takes an hour or two, resumes row by row
+ablation: $(BIN)/.ready ## compare recipes and their switches over seeds; long, resumes row by row
 	dvc repro flows/studies/dvc.yaml
 
 test: $(BIN)/.ready ## run the tests

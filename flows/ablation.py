@@ -26,7 +26,7 @@ from permllm.params import Params
 from permllm.permutation.permutation import Permutation
 from permllm.pruning.methods import LayerPermutations
 from permllm.report.figures import ablation_figure, save_figure
-from permllm.report.summary import BASELINE, DENSE, gap_closed
+from permllm.report.summary import gap_closed
 from permllm.sparsity.pattern import NMPattern
 
 SCRATCH = Path(".cache/ablation")
@@ -59,7 +59,8 @@ def _start_worker(threads: int) -> None:
 
 def _run(row: AblationRow, folder: Path) -> dict[str, Any]:
     """Return a row's record: the one of an earlier run, or a new one."""
-    path = folder / f"{fingerprint([asdict(row), dict(_params().model(row.model).learn)])}.json"
+    settings = _params().model(row.model)
+    path = folder / f"{fingerprint([asdict(row), dict(settings.learn), asdict(settings.evaluate.perplexity)])}.json"
     if path.exists():
         return json.loads(path.read_text())
     started = time.perf_counter()
@@ -98,9 +99,7 @@ def _subject(name: str) -> Subject:
 
 @cache
 def _references(name: str, pattern: str) -> dict[str, float]:
-    """Return perplexities by the names that `gap_closed` knows."""
-    found = _subject(name).references(NMPattern.parse(pattern))
-    return {DENSE: found["dense"], BASELINE: found["wanda"]}
+    return _subject(name).references(NMPattern.parse(pattern))
 
 
 def _starts(row: AblationRow, folder: Path) -> list[LayerPermutations]:

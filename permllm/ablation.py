@@ -1,7 +1,7 @@
 """What each choice of the recipe is worth: named recipes side by side, and single switches changed around them.
 
-A row is one pruned model: a recipe, a seed, its perplexity and how far it is from the dense model. `learn` settings
-that a row leaves open come from its recipe, then from the model's own budget, then from the study's.
+A row is one pruned model: a recipe, a seed, its perplexity and how far it is from the dense model. Of its settings of
+learning, the row's change wins over the study's `learn`, that over the model's own budget, and that over the recipe.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,11 +17,12 @@ from permllm.calibration.statistics import LayerStats
 from permllm.evaluation.perplexity import perplexity
 from permllm.lcp.objective import NextTokens, kl_divergence
 from permllm.lcp.recipes import RECIPES, LearnConfig
-from permllm.lcp.trainer import learn_permutations
+from permllm.lcp.trainer import find_starts, learn_permutations
 from permllm.lookup import lookup
 from permllm.models.adapter import ModelAdapter
 from permllm.pruning.layerwise import apply_layer, model_weights, prune_in_parallel
 from permllm.pruning.methods import LEARNED_PERMUTATION, PERMUTATIONS, LayerPermutations, PruningMethod
+from permllm.report.summary import BASELINE, DENSE
 from permllm.sparsity.pattern import NMPattern
 
 if TYPE_CHECKING:  # slow to import
@@ -91,7 +92,8 @@ class AblationConfig:
             for recipe, changes in group.around.items():
                 for change in changes:
                     for seed in self.seeds:
-                        yield AblationRow(group.model, group.pattern, group.score, recipe, seed, {**self.learn, **group.learn}, dict(change), is_switch=True)
+                        learn = {**self.learn, **group.learn}
+                        yield AblationRow(group.model, group.pattern, group.score, recipe, seed, learn, dict(change), is_switch=True)
 
 
 @dataclass(frozen=True)
@@ -149,16 +151,14 @@ class Subject:
     budget: Mapping[str, Any]
 
     def references(self, pattern: NMPattern) -> dict[str, float]:
-        """Return the perplexity of the dense model and of Wanda without a permutation."""
-        models = {"dense": self.model, "wanda": self._pruned(pattern, "wanda", "identity")}
+        """Return the perplexity of the dense model and of the baseline, by the names that `gap_closed` knows."""
+        models = {DENSE: self.model, BASELINE: self._pruned(pattern, BASELINE, "identity")}
         return {name: perplexity(model, self.text, self.length) for name, model in models.items()}
 
     def starts(self, pattern: NMPattern, score: str, permutation: str, seed: int) -> list[LayerPermutations]:
         """Return the permutations that a method without learning finds."""
-        pruned = prune_in_parallel(
-            model_weights(self.model, self.adapter), self.adapter, self.statistics, pattern, PruningMethod(score, permutation, seed=seed)
-        )
-        return [{name: group.permutation for name, group in layer.items()} for layer in pruned]
+        config = LearnConfig(start=permutation, seed=seed)
+        return find_starts(self.model, self.adapter, self.statistics, pattern, score, config)
 
     def run(self, row: AblationRow, starts: Sequence[LayerPermutations]) -> dict[str, Any]:
         """Prune as a row says, and judge the result.

@@ -41,7 +41,6 @@ from permllm.lcp.recipes import LearnConfig
 from permllm.lookup import lookup
 from permllm.models.families import adapter_of
 from permllm.permutation.permutation import Permutation
-from permllm.permutation.search import single_threaded
 from permllm.permutation.sinkhorn import sinkhorn
 from permllm.pruning.metrics import Score
 from permllm.sparsity.mask import nm_mask
@@ -210,8 +209,7 @@ def _guided(model: "PreTrainedModel", backward: Callable[[], None]) -> Bench:
             {name: ActivationStats(torch.eye(group[0].original.in_features, device=model.device), 1) for name, group in layer.items()}
             for layer in linears
         )
-        with single_threaded():
-            groups.regroup(linears, statistics, curvature, config.moves, torch.Generator())
+        groups.regroup(linears, statistics, curvature, config.moves, torch.Generator())
 
     return Bench(model, backward, move)
 

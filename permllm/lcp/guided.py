@@ -54,6 +54,7 @@ class GuidedGroups:
             for name, group in layer.items():
                 group.start = given[name].order.to(group.start.device)
 
+    @single_threaded()
     @torch.no_grad()
     def regroup(
         self,
@@ -91,16 +92,16 @@ class GuidedGroups:
             self._ranks[linears[0]] = ranks(torch.cat([linear.rule.score.of(weight) for linear, weight in zip(linears, weights, strict=True)]))
         bend = torch.cat([curvature[linear] for linear in linears]) * (self.config.curvature / 2)
         scale = bend.clamp(min=max(float(bend.mean()) * FLATTEST, torch.finfo(torch.float32).tiny)).sqrt()
-        partition = Partition(torch.cat(weights).float() * scale[:, None], self._ranks[linears[0]], gram, self.pattern, group.order)
         gradient = torch.cat([linear.gradient for linear in linears], dim=1).float()  # (in, out)
-        partition.pull = gradient / (-2 * scale)
-        return partition
+        weight, pull = torch.cat(weights).float() * scale[:, None], gradient / (-2 * scale)
+        return Partition(weight, self._ranks[linears[0]], gram, self.pattern, group.order, pull)
 
 
 class GuidedLearner:
     """Moves groups of channels once an epoch, by the gradient over all training sequences.
 
     Args:
+        statistics: of all decoder layers, of which those of `part` learn.
         curvature: see `GuidedGroups.regroup`.
     """
 
@@ -109,11 +110,12 @@ class GuidedLearner:
         groups: GuidedGroups,
         linears: MaskedGroups,
         statistics: Sequence[LayerStats],
+        part: range,
         curvature: Mapping[MaskedLinear, Tensor],
         config: LearnConfig,
         generator: torch.Generator,
     ) -> None:
-        self.groups, self.linears, self.statistics, self.curvature = groups, linears, statistics, curvature
+        self.groups, self.linears, self.statistics, self.part, self.curvature = groups, linears, statistics, part, curvature
         self.config, self.generator = config, generator
         self.start_epoch()
 
@@ -134,8 +136,8 @@ class GuidedLearner:
 
     def end_epoch(self, progress: float) -> None:
         """Move."""
-        with single_threaded():
-            self.groups.regroup(self.linears, self.statistics, self.curvature, self.config.moves * (1 - progress), self.generator)
+        statistics = (self.statistics[index] for index in self.part)  # read one layer at a time
+        self.groups.regroup(self.linears, statistics, self.curvature, self.config.moves * (1 - progress), self.generator)
         self.start_epoch()
 
     def state(self) -> dict[str, Any]:

@@ -61,7 +61,7 @@ class LearnableBlocks(nn.Module):
             temperature, iterations: see `sinkhorn`.
             noise: added to the logits, (blocks, size, size); None for none.
         """
-        parts = [sinkhorn(self._noisy(self.factors, noise, rows), temperature, iterations) for rows in self._chunks()]
+        parts = [self._soft([factor[rows] for factor in self.factors], noise, rows, temperature, iterations) for rows in self._chunks()]
         self.relaxed = torch.cat(parts).requires_grad_()
         return self.relaxed
 
@@ -73,7 +73,7 @@ class LearnableBlocks(nn.Module):
             return
         for rows in self._chunks():
             leaves = [factor.detach()[rows].requires_grad_() for factor in self.factors]
-            soft = sinkhorn(self._noisy(leaves, noise, slice(None), rows), temperature, iterations)
+            soft = self._soft(leaves, noise, rows, temperature, iterations)
             for factor, grad in zip(self.factors, torch.autograd.grad(soft, leaves, self.relaxed.grad[rows]), strict=True):
                 factor.grad[rows] = grad
         self.relaxed.grad = None
@@ -82,9 +82,10 @@ class LearnableBlocks(nn.Module):
         """Return the permutation of every block that is nearest to the relaxed one, (blocks, size): the channel that each slot takes."""
         return best_assignment(self.relaxed.detach().transpose(1, 2))
 
-    def _noisy(self, factors: nn.ParameterList | list[Tensor], noise: Tensor | None, rows: slice, noise_rows: slice | None = None) -> Tensor:
-        logits = self.logits(*(factor[rows] for factor in factors))
-        return logits if noise is None else logits + noise[noise_rows or rows]
+    def _soft(self, factors: list[Tensor], noise: Tensor | None, rows: slice, temperature: float, iterations: int) -> Tensor:
+        """Relax some blocks, from their factors and their rows of the noise."""
+        logits = self.logits(*factors)
+        return sinkhorn(logits if noise is None else logits + noise[rows], temperature, iterations)
 
     def _chunks(self) -> list[slice]:
         step = max(RELAXED_AT_ONCE // self.size**2, 1)

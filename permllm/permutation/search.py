@@ -109,18 +109,19 @@ class Partition:
         rank: (in, out), see `ranks`.
         gram: (in, in).
         order: (in,), the groups are its runs of M channels.
+        pull: (in, out), by channel, half the gradient of the error with respect to E; None for that of tr(E G E^T).
+            Another loss gives its own.
 
     Attributes:
         groups: (groups, M) channels, sorted in each group.
-        pull: (in, out), half the gradient of the error with respect to E, by channel. Another loss may put its own here.
     """
 
-    def __init__(self, weight: Tensor, rank: Tensor, gram: Tensor, pattern: NMPattern, order: Tensor) -> None:
+    def __init__(self, weight: Tensor, rank: Tensor, gram: Tensor, pattern: NMPattern, order: Tensor, pull: Tensor | None = None) -> None:
         self.weight, self.rank, self.gram, self.pattern = weight.t().contiguous(), rank, gram, pattern  # by channel too
         self.groups = order.view(-1, pattern.group).sort(dim=1).values
         self.removed = torch.empty_like(self.weight)
         self.removed[self.groups] = self._removed_from(self.groups)
-        self.pull = gram @ self.removed  # (E G)^T
+        self.pull = gram @ self.removed if pull is None else pull  # (E G)^T
         candidates = _candidates(pattern.group)
         self.candidates = torch.tensor(candidates, device=weight.device)  # (candidates, 2M)
         self.contests = torch.tensor([_contests(candidate) for candidate in candidates], device=weight.device).permute(2, 0, 1).flatten(1)

@@ -9,7 +9,7 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from permllm.lcp import trainer
+from permllm.lcp import group_permutations, trainer
 
 pytestmark = pytest.mark.parametrize("family", ["llama"], indirect=True)
 VARIANTS = {
@@ -79,14 +79,14 @@ def test_keeping_the_state_changes_nothing(learn, state_file):
 def test_a_run_interrupted_within_an_epoch_repeats_that_epoch(learn, state_file, monkeypatch):
     settings, steps = {"gumbel": 0.5, "optimizer": "scion", "learning_rate": 0.3}, []
     expected = learn(**settings)
-    original = trainer.LearnedGroups.pull_back
+    original = group_permutations.LearnedGroups.pull_back
 
     def interrupt(groups):
         steps.append(original(groups))
         if len(steps) == 4:  # the second of the two steps of epoch 2
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(trainer.LearnedGroups, "pull_back", interrupt)
+    monkeypatch.setattr(group_permutations.LearnedGroups, "pull_back", interrupt)
     with pytest.raises(KeyboardInterrupt):
         learn(state_file=state_file, **settings)
     result = learn(state_file=state_file, **settings)
@@ -118,7 +118,7 @@ def test_a_run_interrupted_between_two_windows_does_not_learn_the_first_again(le
 def test_the_state_of_a_finished_run_is_its_result(learn, state_file, monkeypatch, settings):
     expected, seen = learn(state_file=state_file, **settings), []
     before = state_file.read_bytes()
-    monkeypatch.setattr(trainer._Run, "_step", lambda *arguments: pytest.fail("a finished run learned again"))
+    monkeypatch.setattr(trainer.Run, "_step", lambda *arguments: pytest.fail("a finished run learned again"))
     result = learn(state_file=state_file, on_epoch=seen.append, **settings)
     assert result.permutations == expected.permutations
     assert result.history == expected.history == seen

@@ -295,7 +295,7 @@ def test_the_model_is_the_same_after_an_exception(learn, model, adapter, monkeyp
             raise problem
 
     if where == "objective":
-        monkeypatch.setitem(trainer.LOGIT_OBJECTIVES, "kl", interrupt)
+        monkeypatch.setitem(LOGIT_OBJECTIVES, "kl", interrupt)
     if where == "target":
         monkeypatch.setattr(trainer, "finish", interrupt)
     handles = [adapter.layers(model)[2].mlp.register_forward_hook(lambda *_: torch.is_grad_enabled() and interrupt())] if where == "layer" else []
@@ -427,13 +427,13 @@ def test_products_in_bfloat16_learn_too(learn, measure, settings):
 @pytest.mark.parametrize("family", ["llama"], indirect=True)
 def test_products_in_bfloat16_have_nearly_the_gradient_of_exact_ones(learn, monkeypatch):
     gradients = []
-    pull_back = trainer.LearnedGroups.pull_back
+    pull_back = group_permutations.LearnedGroups.pull_back
 
     def record(groups):
         pull_back(groups)
         gradients.append(torch.cat([parameter.grad.flatten() for parameter in groups.parameters()]))
 
-    monkeypatch.setattr(trainer.LearnedGroups, "pull_back", record)
+    monkeypatch.setattr(group_permutations.LearnedGroups, "pull_back", record)
     for estimator in ("hard", "soft"):
         gradients.clear()
         for precision in ("model", "bfloat16"):
@@ -493,7 +493,7 @@ def break_objective(monkeypatch, when):
         calls[sparse.requires_grad] += 1
         return cosine_distance(sparse, dense) * (float("nan") if when(calls[True], calls[False]) else 1)
 
-    monkeypatch.setitem(trainer.HIDDEN_OBJECTIVES, "cosine", breaking)
+    monkeypatch.setitem(HIDDEN_OBJECTIVES, "cosine", breaking)
 
 
 @pytest.mark.parametrize("family", ["llama", "opt"], indirect=True)
