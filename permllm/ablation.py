@@ -181,9 +181,7 @@ class Subject:
         pruned = self._pruned(pattern, row.score, LEARNED_PERMUTATION, permutations)
         return {"perplexity": round(perplexity(pruned, self.text, self.length), 4), "heldout_loss": round(self._divergence(pruned), 6), **record}
 
-    def _pruned(
-        self, pattern: NMPattern, score: str, permutation: str, permutations: Sequence[LayerPermutations] | None = None
-    ) -> "PreTrainedModel":
+    def _pruned(self, pattern: NMPattern, score: str, permutation: str, permutations: Sequence[LayerPermutations] | None = None) -> "PreTrainedModel":
         pruned, method = deepcopy(self.model), PruningMethod(score, permutation)
         layers = prune_in_parallel(model_weights(self.model, self.adapter), self.adapter, self.statistics, pattern, method, permutations)
         for layer, decided in zip(self.adapter.layers(pruned), layers, strict=True):

@@ -35,7 +35,7 @@ from permllm.calibration.capture import run_layer
 from permllm.calibration.statistics import ActivationStats
 from permllm.lcp.group_permutations import GroupPermutation, LearnedGroups
 from permllm.lcp.guided import GuidedGroups
-from permllm.lcp.masked_linear import MaskedLinear, channels_first, mask_rule
+from permllm.lcp.masked_linear import MaskedLinear, MaskRule, mask_layer, mask_rule
 from permllm.lcp.objective import relative_error
 from permllm.lcp.recipes import LearnConfig
 from permllm.lookup import lookup
@@ -224,17 +224,12 @@ def _starts(model: "PreTrainedModel") -> list[dict[str, Permutation]]:
 
 def _mask(model: "PreTrainedModel", permutations: Sequence[dict[str, GroupPermutation]], config: LearnConfig) -> list[dict[str, list[MaskedLinear]]]:
     """Put masked linears, scored by magnitude, in the place of all targets."""
-    adapter, masked = adapter_of(model), []
-    for layer, groups in zip(adapter.layers(model), permutations, strict=True):
-        masked.append({name: [] for name in groups})
-        for name, group in adapter.linear_groups.items():
-            for path in group.readers:
-                linear = layer.get_submodule(path)
-                score = Score(torch.ones(linear.in_features, device=model.device))
-                channels_first(linear, True)
-                masked[-1][name].append(MaskedLinear(linear, mask_rule(linear.weight, score, PATTERN, config.mask_temperature), groups[name]))
-                layer.set_submodule(path, masked[-1][name][-1])
-    return masked
+    adapter = adapter_of(model)
+
+    def rule_of(name: str, weight: Tensor) -> MaskRule:
+        return mask_rule(weight, Score(torch.ones(weight.shape[1], device=weight.device)), PATTERN, config.mask_temperature)
+
+    return [mask_layer(layer, adapter, groups, rule_of) for layer, groups in zip(adapter.layers(model), permutations, strict=True)]
 
 
 STEPS = {"plain": _plain, "paper": _paper, "ours": _ours, "guided": _guided}

@@ -66,7 +66,7 @@ class LearnedGroups(nn.Module):
         self._members: dict[int, list[GroupPermutation]] = defaultdict(list)
         for group in (group for layer in self.layers for group in layer.values()):
             self._members[config.fitting_block_size(len(group.start), pattern)].append(group)
-        drawn = generator if config.logits == "uniform" else None
+        drawn = generator if config.logits == "uniform" or config.rank else None
         self.blocks = nn.ModuleDict(
             {
                 str(size): LearnableBlocks(sum(len(group.start) for group in members) // size, size, drawn, config.rank)

@@ -19,6 +19,7 @@ from permllm.calibration.statistics import LayerStats
 from permllm.lcp.group_permutations import GroupPermutation
 from permllm.lcp.masked_linear import MaskedLinear
 from permllm.lcp.recipes import LearnConfig
+from permllm.models.adapter import is_finite
 from permllm.permutation.permutation import Permutation
 from permllm.permutation.search import Moves, Partition, random_pairs, ranks, regrouped, single_threaded
 from permllm.pruning.methods import LayerPermutations
@@ -71,7 +72,13 @@ class GuidedGroups:
             statistics: of the same decoder layers.
             curvature: of the loss in the outputs of every linear, (out,).
             share: how many of the pairs tried may move, 0..1.
+
+        Raises:
+            ValueError: if a gradient is not finite.
         """
+        broken = [name for layer in linears for name, group in layer.items() if not all(is_finite(linear.gradient) for linear in group)]
+        if broken:
+            raise ValueError(f"the gradients of the masked weights are no longer finite, first in a group {broken[0]}")
         proposed: list[tuple[GroupPermutation, Tensor, Moves]] = []
         for layer, group_linears, stats in zip(self.layers, linears, statistics, strict=True):
             for name, group in layer.items():
@@ -92,7 +99,7 @@ class GuidedGroups:
             self._ranks[linears[0]] = ranks(torch.cat([linear.rule.score.of(weight) for linear, weight in zip(linears, weights, strict=True)]))
         bend = torch.cat([curvature[linear] for linear in linears]) * (self.config.curvature / 2)
         scale = bend.clamp(min=max(float(bend.mean()) * FLATTEST, torch.finfo(torch.float32).tiny)).sqrt()
-        gradient = torch.cat([linear.gradient for linear in linears], dim=1).float()  # (in, out)
+        gradient = torch.cat([linear.gradient for linear in linears], dim=1)  # (in, out)
         weight, pull = torch.cat(weights).float() * scale[:, None], gradient / (-2 * scale)
         return Partition(weight, self._ranks[linears[0]], gram, self.pattern, group.order, pull)
 

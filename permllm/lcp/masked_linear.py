@@ -9,7 +9,7 @@ needed, some blocks of channels at a time. Channels come first, so that permutin
 channels lie apart in memory; `channels_first` gives the frozen weight that layout.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from permllm.lcp.group_permutations import GroupPermutation
+from permllm.models.adapter import ModelAdapter
 from permllm.pruning.metrics import Score
 from permllm.sparsity.mask import group_softmax, group_softmax_gradient, nm_mask
 from permllm.sparsity.pattern import NMPattern
@@ -57,8 +58,15 @@ class MaskRule:
         return masked
 
     def pull_back(self, group: GroupPermutation, weight: Tensor, grad_masked: Tensor) -> Tensor:
-        """Return the gradient of the permutation, (blocks, size, size), from that of W * M, (in, out)."""
-        return torch.cat([part.pull_back(grad_masked) for part in self.parts(group, weight)])
+        """Return the gradient of the permutation, (blocks, size, size), from that of W * M, (in, out).
+
+        W * M itself takes the place of `grad_masked`: what needs both computes the mask once.
+        """
+        pulled = []
+        for part in self.parts(group, weight):
+            pulled.append(part.pull_back(grad_masked))
+            grad_masked.index_copy_(0, part.channels, part.masked().to(grad_masked.dtype))
+        return torch.cat(pulled)
 
 
 class _Part:
@@ -73,7 +81,7 @@ class _Part:
             self.channels = self.channels.view(self.local.shape).gather(1, self.local).flatten()
         self.weight = weight.index_select(0, self.channels)
         self.score = rule.score.by_channel(self.weight, self.channels)
-        self.keep = nm_mask(self._to_slots(self.score), rule.pattern, dim=0)
+        self.keep = nm_mask(self._to_slots(self.score), rule.pattern, dim=0, dtype=self.score.dtype)
 
     def masked(self) -> Tensor:
         """Return W * M of these channels."""
@@ -84,8 +92,7 @@ class _Part:
         score = self.score if self.rule.scale is None else self.score / self.rule.scale
         softmax = group_softmax(self._to_slots(score), self.rule.pattern)
         grad_score = group_softmax_gradient(softmax, self._to_slots(grad_mask), self.rule.pattern)
-        keep = self.keep.to(score.dtype)
-        product = torch.bmm(self._blocks(grad_mask), self._blocks(keep).transpose(1, 2))
+        product = torch.bmm(self._blocks(grad_mask), self._blocks(self.keep).transpose(1, 2))
         product.baddbmm_(self._blocks(score), self._blocks(grad_score).transpose(1, 2))
         if self.relaxed is not None:
             return product
@@ -100,7 +107,7 @@ class _Part:
 
     def _from_slots(self, tensor: Tensor) -> Tensor:
         """P: hard rows stay where their weights are."""
-        return tensor if self.relaxed is None else torch.bmm(self.relaxed, self._blocks(tensor).to(self.relaxed.dtype)).flatten(0, 1)
+        return tensor if self.relaxed is None else torch.bmm(self.relaxed, self._blocks(tensor)).flatten(0, 1)
 
 
 class MaskedLinearFunction(torch.autograd.Function):
@@ -126,14 +133,16 @@ class MaskedLinearFunction(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of `x` and of the carrier."""
         x, weight = ctx.saved_tensors
-        grad_x = grad_carrier = None
-        if ctx.needs_input_grad[0]:
-            grad_x = torch.matmul(grad, ctx.rule.masked(ctx.group, weight.t(), grad.dtype).t()).to(ctx.input_dtype)
+        rule, group = ctx.rule, ctx.group
+        grad_carrier = masked = None
         if ctx.needs_input_grad[1]:
             grad_carrier = x.flatten(0, -2).t() @ grad.flatten(0, -2)
-            if ctx.group.relaxed is not None:
-                grad_carrier = ctx.rule.pull_back(ctx.group, weight.t(), grad_carrier)
-        return grad_x, grad_carrier, None, None, None
+            if group.relaxed is not None:
+                grad_carrier, masked = rule.pull_back(group, weight.t(), grad_carrier), grad_carrier
+        if not ctx.needs_input_grad[0]:
+            return None, grad_carrier, None, None, None
+        masked = rule.masked(group, weight.t(), grad.dtype) if masked is None else masked
+        return torch.matmul(grad, masked.t()).to(ctx.input_dtype), grad_carrier, None, None, None
 
 
 class MaskedLinear(nn.Module):
@@ -153,13 +162,17 @@ class MaskedLinear(nn.Module):
     def collect_gradient(self) -> None:
         """From now on, sum the gradient of the masked weight up in `gradient`."""
         if self._carrier is None:  # one element that looks like the weight: only its gradient takes memory
-            weight = self.original.weight
-            self._carrier = torch.zeros((), dtype=weight.dtype, device=weight.device).expand(weight.t().shape).requires_grad_()
+            weight = self.original.weight  # autograd sums in the type of what takes the gradient: at least float32
+            self._carrier = (
+                torch.zeros((), dtype=torch.promote_types(weight.dtype, torch.float32), device=weight.device)
+                .expand(weight.t().shape)
+                .requires_grad_()
+            )
         self._carrier.grad = None
 
     @property
     def gradient(self) -> Tensor:
-        """The gradient of the masked weight, (in, out)."""
+        """The gradient of the masked weight, (in, out), at least float32."""
         return self._carrier.grad
 
     def forward(self, x: Tensor) -> Tensor:
@@ -187,3 +200,37 @@ def channels_first(linear: nn.Linear, yes: bool) -> None:
     """Lay a weight out with its channels (columns) one after another, or with its rows again; its values stay."""
     weight = linear.weight
     weight.data = weight.data.t().contiguous().t() if yes else weight.data.contiguous()
+
+
+def mask_layer(
+    layer: nn.Module,
+    adapter: ModelAdapter,
+    groups: Mapping[str, GroupPermutation],
+    rule_of: Callable[[str, Tensor], MaskRule],
+) -> dict[str, list[MaskedLinear]]:
+    """Put a `MaskedLinear` in the place of every target linear of a decoder layer, channels first; `unmask_layer` undoes it.
+
+    Args:
+        groups: the permutation of every linear group.
+        rule_of: the rule of a linear, from the name of its group and its weight, (out, in).
+
+    Returns:
+        The masked linears by the name of their group.
+    """
+    masked: dict[str, list[MaskedLinear]] = {name: [] for name in adapter.linear_groups}
+    for name, group in adapter.linear_groups.items():
+        for path in group.readers:
+            linear = layer.get_submodule(path)
+            rule = rule_of(name, linear.weight)
+            channels_first(linear, True)
+            masked[name].append(MaskedLinear(linear, rule, groups[name]))
+            layer.set_submodule(path, masked[name][-1])
+    return masked
+
+
+def unmask_layer(layer: nn.Module) -> None:
+    """Put the originals back in the place of masked linears, in the layout that they had."""
+    for path, module in list(layer.named_modules()):
+        if isinstance(module, MaskedLinear):
+            layer.set_submodule(path, module.original)
+            channels_first(module.original, False)

@@ -103,8 +103,9 @@ def curvature_probe(name: str, output: Tensor, generator: torch.Generator) -> Te
     output = output.float()
     if name in LOGIT_OBJECTIVES:
         flat = output.flatten(0, 1)
-        drawn = torch.multinomial(flat.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0]
-        return cross_entropy(flat, drawn.to(flat.device), reduction="sum")
+        uniform = torch.rand(len(flat), 1, generator=generator).to(flat.device)  # drawn on the host: the same on every device
+        drawn = torch.searchsorted(flat.detach().softmax(-1).cumsum(-1), uniform)[:, 0].clamp_(max=flat.shape[-1] - 1)
+        return cross_entropy(flat, drawn, reduction="sum")
     signs = (torch.randint(2, output.shape, generator=generator) * 2 - 1).to(output.device, output.dtype)
     norm = output.detach().square().sum(-1, keepdim=True).clamp(min=1e-12).sqrt()
     scale = {"relative_error": 2**0.5 / norm, "cosine": 1 / norm, "smooth_l1": output.shape[-1] ** -0.5}[name]

@@ -13,8 +13,9 @@ from permllm.sparsity.pattern import NMPattern
 
 ESTIMATORS = ("hard", "soft")
 LOGITS = ("identity", "uniform")
-OPTIMIZERS = ("adamw", "scion", "guided")
 PRECISIONS = ("model", "bfloat16")
+LOGIT_SETTINGS = ("logits", "block_size", "block_count", "rank", "estimator", "gumbel", "learning_rate")  # of no use without logits
+OPTIMIZER_SETTINGS = {"adamw": ("weight_decay",), "scion": ("norm", "radius", "momentum"), "guided": ("moves", "curvature")}
 FARTHEST_BLOCK = 4  # a layer's block size may differ by this factor from the one asked for
 
 
@@ -95,11 +96,8 @@ class LearnConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        tables = {"start": PERMUTATIONS, "recipe": RECIPES, "norm": LINEAR_MINIMIZERS}
-        tables |= {
-            name: dict.fromkeys(names)
-            for name, names in {"logits": LOGITS, "estimator": ESTIMATORS, "optimizer": OPTIMIZERS, "precision": PRECISIONS}.items()
-        }
+        tables = {"start": PERMUTATIONS, "recipe": RECIPES, "norm": LINEAR_MINIMIZERS, "optimizer": OPTIMIZER_SETTINGS}
+        tables |= {name: dict.fromkeys(names) for name, names in {"logits": LOGITS, "estimator": ESTIMATORS, "precision": PRECISIONS}.items()}
         for name, table in tables.items():
             lookup(table, getattr(self, name), name)
         check_objective(self.objectives, {**HIDDEN_OBJECTIVES, **LOGIT_OBJECTIVES}, "objective")
@@ -121,8 +119,16 @@ class LearnConfig:
             (f"momentum is the share of the new gradient, at most 1, not {self.momentum}", self.momentum > 1),
             ("rank keeps the logits around a soft identity, but logits is uniform", self.rank is not None and self.logits == "uniform"),
         ]
+        if unused := self._unused():
+            clashes.append((f"optimizer {self.optimizer} does not use {', '.join(unused)}; leave them out, or choose another optimizer", True))
         if any(clash for _, clash in clashes):
             raise ValueError("; ".join(text for text, clash in clashes if clash))
+
+    def _unused(self) -> list[str]:
+        """Return the settings that were changed from their defaults though the optimiser has no use for them."""
+        of_others = [name for optimizer, names in OPTIMIZER_SETTINGS.items() if optimizer != self.optimizer for name in names]
+        idle = {*of_others, *(LOGIT_SETTINGS if self.optimizer == "guided" else ())}
+        return [setting.name for setting in fields(self) if setting.name in idle and getattr(self, setting.name) != setting.default]
 
     @classmethod
     def from_recipe(cls, settings: Mapping[str, Any]) -> Self:
@@ -174,7 +180,9 @@ class LearnConfig:
         misfits = []
         for name, width in in_channels.items():
             try:
-                self.fitting_block_size(width, pattern)
+                size = self.fitting_block_size(width, pattern)
+                if self.rank is not None and self.rank >= size:
+                    misfits.append(f"{name}: rank {self.rank} is no less than the {size} channels of a block; rank: null learns free logits")
             except ValueError as error:
                 misfits.append(f"{name}: {error}")
         if misfits:
@@ -185,7 +193,7 @@ class LearnConfig:
 PUBLISHED_LEARNING_RATES = {"magnitude": 1e-3, "wanda": 1e-3, "ria": 5e-3}
 RECIPES: dict[str, dict[str, Any]] = {
     "paper": {},
-    "best": {"start": "search", "logits": "identity", "objective": {"kl": 1.0}, "optimizer": "guided", "mask_temperature": 0.3},
+    "best": {"start": "search", "objective": {"kl": 1.0}, "optimizer": "guided"},
     # arXiv:2601.22980: free cost matrices in 4 groups, soft permutations, cross-entropy and a little layer distillation.
     "amd": {
         "logits": "identity", "block_size": None, "block_count": 4, "estimator": "soft", "mask_temperature": 1.0,

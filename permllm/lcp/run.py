@@ -187,14 +187,14 @@ class Run:
                 losses = []
                 for rows in torch.randperm(self.training, generator=self.generator).split(self.config.batch_size):
                     losses.append(self._step(rows, (epoch - 1) * self.steps_per_epoch + len(losses), epoch))
-                self.learner.end_epoch((epoch - 1) / self.config.epochs)
+                self._end_epoch(epoch)
                 close_epoch(epoch, float(torch.stack(losses).mean()), self._temperature(epoch * self.steps_per_epoch - 1))
         except LearningError as error:
             if not done:
                 raise
             last = done[-1]
             stopped = f"{error}; last good state: epoch {last.epoch}, held-out loss {last.held_out_loss:.6g}. "
-            stopped += "Lower learning_rate, or load the model in float32"
+            stopped += f"{'Raise curvature' if self.config.optimizer == 'guided' else 'Lower learning_rate'}, or load the model in float32"
         return best, stopped
 
     def _learner(self, linears: list[dict[str, list[MaskedLinear]]]) -> LogitLearner | GuidedLearner:
@@ -254,6 +254,12 @@ class Run:
         self.learner.end_batch()
         return loss.detach()
 
+    def _end_epoch(self, epoch: int) -> None:
+        try:
+            self.learner.end_epoch((epoch - 1) / self.config.epochs)
+        except ValueError as error:  # of the gradients
+            raise LearningError(f"{error} at the end of epoch {epoch}") from error
+
     def _prepare(self, temperature: float, where: str, **options: Any) -> None:
         try:
             self.learner.prepare(temperature, **options)
@@ -299,9 +305,10 @@ class Run:
     @torch.no_grad()
     def _first_broken_layer(self, rows: Tensor) -> str:
         with self._precision():
-            for index, hidden in zip(self.part, self._hidden(rows.to(self.target.hidden.device)), strict=True):
-                if not is_finite(hidden):
-                    return f", first in {self.setup.adapter.layer_path(index)}"
+            for batch in rows.to(self.target.hidden.device).split(self.config.batch_size):
+                for index, hidden in zip(self.part, self._hidden(batch), strict=True):
+                    if not is_finite(hidden):
+                        return f", first in {self.setup.adapter.layer_path(index)}"
         return ", though all hidden states are finite"
 
     def _save(self, history: list[EpochRecord], best: list[LayerPermutations]) -> None:

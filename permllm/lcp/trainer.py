@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from permllm.calibration.capture import DecoderInputs, advance, capture_decoder_inputs, finish
 from permllm.calibration.samples import CalibrationSet
 from permllm.calibration.statistics import LayerStats
 from permllm.lcp.group_permutations import GroupPermutation
-from permllm.lcp.masked_linear import MaskedLinear, channels_first, mask_rule
+from permllm.lcp.masked_linear import MaskedLinear, MaskRule, mask_layer, mask_rule, unmask_layer
 from permllm.lcp.objective import NextTokens, needs_logits
 from permllm.lcp.recipes import LearnConfig
 from permllm.lcp.run import EpochRecord, LearningError, Run, Setup, State, Target, orders_of
@@ -192,27 +192,20 @@ def _masked_layers(setup: Setup, part: range, groups: Sequence[Mapping[str, Grou
     Yields:
         The masked linears by layer and name of their group.
     """
-    metric, adapter = lookup(PRUNING_METRICS, setup.score, "score"), setup.adapter
-    originals: list[tuple[nn.Module, str, nn.Linear]] = []
+    metric = lookup(PRUNING_METRICS, setup.score, "score")
     masked: list[dict[str, list[MaskedLinear]]] = []
     try:
         for index, permutations in zip(part, groups, strict=True):
-            layer, stats = setup.layers[index], setup.statistics[index]
-            linears = adapter.linears(layer)
-            masked.append({name: [] for name in adapter.linear_groups})
-            for name, group in adapter.linear_groups.items():
-                for path in group.readers:
-                    linear = linears[path]
-                    rule = mask_rule(linear.weight, metric(linear.weight, stats[name]), setup.pattern, setup.config.mask_temperature)
-                    originals.append((layer, path, linear))
-                    channels_first(linear, True)
-                    masked[-1][name].append(MaskedLinear(linear, rule, permutations[name]))
-                    layer.set_submodule(path, masked[-1][name][-1])
+            stats = setup.statistics[index]
+
+            def rule_of(name: str, weight: Tensor, stats: LayerStats = stats) -> MaskRule:
+                return mask_rule(weight, metric(weight, stats[name]), setup.pattern, setup.config.mask_temperature)
+
+            masked.append(mask_layer(setup.layers[index], setup.adapter, permutations, rule_of))
         yield masked
     finally:
-        for layer, path, linear in originals:
-            layer.set_submodule(path, linear)
-            channels_first(linear, False)
+        for index in part:
+            unmask_layer(setup.layers[index])
 
 
 @torch.no_grad()

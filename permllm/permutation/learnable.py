@@ -19,9 +19,9 @@ class LearnableBlocks(nn.Module):
         blocks: how many.
         size: channels permuted among themselves.
         generator: draws the logits uniformly from (-1, 1), as the paper's release does; without one they are
-            a soft identity, so that the first hard permutation changes nothing.
-        rank: learn a soft identity plus a product of (size, rank) factors, 2 rank / size as many parameters;
-            None for free logits.
+            a soft identity, so that the first hard permutation changes nothing. With a rank it draws a factor.
+        rank: learn a soft identity plus a product of (size, rank) factors, 2 rank / size as many parameters, one of
+            them drawn and the other 0; None for free logits.
 
     Source: PermLLM (NeurIPS 2025), section 3.
     """
@@ -33,7 +33,7 @@ class LearnableBlocks(nn.Module):
             logits = identity.clone() if generator is None else torch.rand(blocks, size, size, generator=generator) * 2 - 1
             self.factors = nn.ParameterList([nn.Parameter(logits)])
         else:
-            drawn = torch.randn(blocks, size, rank, generator=generator or torch.Generator().manual_seed(0)) / rank**0.5
+            drawn = torch.randn(blocks, size, rank, generator=generator) / rank**0.5
             self.factors = nn.ParameterList([nn.Parameter(drawn), nn.Parameter(torch.zeros(blocks, size, rank))])
         self.relaxed: Tensor | None = None
 

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from permllm.calibration.capture import dense_statistics
 from permllm.calibration.samples import CalibrationSet
-from permllm.lcp.recipes import LearnConfig
+from permllm.lcp.recipes import LOGIT_SETTINGS, LearnConfig
 from permllm.lcp.trainer import LearnResult, learn_permutations
 from permllm.models.adapter import ModelAdapter
 from permllm.sparsity.pattern import NMPattern
@@ -25,7 +25,12 @@ def samples(draw_tokens: Callable) -> CalibrationSet:
 @pytest.fixture
 def config() -> Callable[..., LearnConfig]:
     """`config(**settings)`: those of a short run, changed by `settings`."""
-    return lambda **settings: LearnConfig(**{**LEARN, **settings})
+
+    def make(**settings: object) -> LearnConfig:
+        unused = LOGIT_SETTINGS if settings.get("optimizer") == "guided" else ()
+        return LearnConfig(**{**{name: value for name, value in LEARN.items() if name not in unused}, **settings})
+
+    return make
 
 
 @pytest.fixture

@@ -68,7 +68,10 @@ def problem():
     x = normal(TOKENS, CHANNELS, seed=2) @ (torch.eye(CHANNELS) + 0.3 * normal(CHANNELS, CHANNELS, seed=3))
     stats = {"group": ActivationStats(x.t() @ x / TOKENS, TOKENS)}
     groups = GuidedGroups(
-        [{"group": Permutation.random(CHANNELS, torch.Generator().manual_seed(4))}], PATTERN, LearnConfig(curvature=1.0), linear.weight.device
+        [{"group": Permutation.random(CHANNELS, torch.Generator().manual_seed(4))}],
+        PATTERN,
+        LearnConfig(optimizer="guided", curvature=1.0),
+        linear.weight.device,
     )
     masked = MaskedLinear(linear, MaskRule(Score(stats["group"].norms), PATTERN), groups.layers[0]["group"])
 

@@ -73,6 +73,13 @@ def test_terms_of_both_objectives_are_checked():
         ({"block_size": 64, "block_count": 4}, "block_size and block_count exclude each other; set one of them to null"),
         ({"rank": 8, "logits": "uniform"}, "rank keeps the logits around a soft identity, but logits is uniform"),
         ({"objective": {}}, "objective holds no term"),
+        (
+            {"optimizer": "guided", "gumbel": 0.5, "estimator": "soft", "rank": 8, "logits": "identity"},
+            "guided does not use logits, rank, estimator, gumbel;",
+        ),
+        ({"optimizer": "guided", "norm": "sign"}, "optimizer guided does not use norm"),
+        ({"optimizer": "scion", "weight_decay": 0.2}, "optimizer scion does not use weight_decay"),
+        ({"moves": 0.1, "radius": 2.0}, "optimizer adamw does not use moves, radius"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(settings, message):
@@ -170,6 +177,13 @@ def test_a_block_count_asks_for_blocks_per_layer(count, expected):
 @pytest.mark.parametrize("width", [32, 64, 128, 172, 352, 11008])
 def test_widths_with_a_fitting_block_size_are_accepted(width):
     LearnConfig(block_size=64).check_widths({"down": width}, NMPattern(2, 4))
+
+
+def test_a_rank_that_saves_nothing_is_refused():
+    config = LearnConfig(block_size=64, rank=16, logits="identity")
+    config.check_widths({"down": 128}, NMPattern(2, 4))
+    with pytest.raises(ValueError, match="up: rank 16 is no less than the 16 channels of a block"):
+        config.check_widths({"down": 128, "up": 16}, NMPattern(2, 4))
 
 
 def test_layers_that_no_block_size_fits_are_all_named_with_the_sizes_that_do():

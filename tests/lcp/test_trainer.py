@@ -8,6 +8,7 @@ import torch
 from permllm.calibration.capture import dense_statistics
 from permllm.calibration.samples import CalibrationSet
 from permllm.lcp import group_permutations, trainer
+from permllm.lcp.guided import GuidedGroups
 from permllm.lcp.masked_linear import MaskedLinear
 from permllm.lcp.objective import HIDDEN_OBJECTIVES, LOGIT_OBJECTIVES, NextTokens, cosine_distance
 from permllm.lcp.trainer import LearningError, find_starts, learn_permutations
@@ -196,7 +197,9 @@ def test_a_start_is_one_shot_pruning_with_that_permutation_and_seed(learn, model
 )
 def test_learning_finds_better_permutations_than_the_start(learn, samples, settings):
     """On the training sequences themselves; what it gains on others depends on the model."""
-    settings = {"start": "identity", "mask_temperature": 1.0, "learning_rate": 0.2, "epochs": 6, **settings}
+    if settings != GUIDED:
+        settings = {"start": "identity", "mask_temperature": 1.0, "learning_rate": 0.2, **settings}
+    settings = {"epochs": 6, **settings}
     result = learn(samples=CalibrationSet(samples.tokens), **settings)
     assert result.best.held_out_loss < 0.97 * result.start.held_out_loss
 
@@ -535,6 +538,25 @@ def test_a_held_out_loss_that_is_not_a_number_is_never_the_best(learn, monkeypat
     result = learn()
     assert "the held-out loss is nan after epoch 2" in result.stopped and "last good state: epoch 1" in result.stopped
     assert [record.epoch for record in result.history] == [0, 1]
+
+
+@pytest.mark.parametrize("family", ["llama"], indirect=True)
+def test_guided_moves_never_follow_a_gradient_that_is_not_finite(learn, measure, monkeypatch):
+    regroup = GuidedGroups.regroup
+
+    def breaking(groups, linears, *arguments):
+        breaking.rounds += 1
+        if breaking.rounds == 2:
+            linears[1]["mlp_out"][0].gradient[3, 2] = float("inf")
+        return regroup(groups, linears, *arguments)
+
+    breaking.rounds = 0
+    monkeypatch.setattr(GuidedGroups, "regroup", breaking)
+    result = learn(**GUIDED)
+    assert "gradients of the masked weights are no longer finite, first in a group mlp_out at the end of epoch 2" in result.stopped
+    assert "Raise curvature" in result.stopped and "learning_rate" not in result.stopped
+    assert [record.epoch for record in result.history] == [0, 1]
+    assert measure(result, **GUIDED) == pytest.approx(result.best.held_out_loss, rel=1e-4)
 
 
 @pytest.mark.parametrize("family", ["llama"], indirect=True)
