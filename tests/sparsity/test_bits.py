@@ -13,5 +13,5 @@ def test_unpacking_undoes_packing_for_every_width(channels):
     assert unpacked.dtype == torch.bool and torch.equal(unpacked, mask)
 
 
-def test_the_first_channel_is_the_highest_bit():
-    assert pack_mask(torch.tensor([[True, False, False, False, False, False, False, False, True]])).tolist() == [[128, 128]]
+def test_the_first_channel_is_the_lowest_bit():
+    assert pack_mask(torch.tensor([[True, False, True, False, False, False, False, False, False, True]])).tolist() == [[5, 2]]
