@@ -23,7 +23,7 @@ PARAMS = {
             "device": "cpu",
             "calibrate": {"text": {"files": "data/prose/*.txt"}, "sequences": 12, "length": 32, "held_out": 4, "batch_size": 4},
             "prune": {"sequential": False},
-            "learn": {"epochs": 150, "batch_size": 4, "block_size": 16},
+            "learn": {"epochs": 150, "batch_size": 4},
             "benchmark": {"tokens": [1], "seconds": 0.001},
             "evaluate": {"perplexity": {"text": {"files": "data/prose/*.txt"}, "length": 32}, "zero_shot": {"tasks": {}}},
         }

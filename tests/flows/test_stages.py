@@ -35,7 +35,7 @@ PARAMS = {
         "tiny": {
             "source": "model/llama",
             "calibrate": {"text": {"files": "text/*.txt"}, "sequences": 12, "length": 32, "held_out": 4, "batch_size": 4, "seed": 0},
-            "learn": {"epochs": 2, "batch_size": 4, "block_size": 16, "seed": 0},
+            "learn": {"epochs": 2, "batch_size": 4, "seed": 0},
             "benchmark": {"tokens": [1], "seconds": 0.001},
             "evaluate": {"perplexity": {"text": {"files": "text/*.txt"}, "length": 32}, "zero_shot": {"tasks": {}, "batch_size": 4}},
         }
@@ -172,8 +172,8 @@ def test_a_stage_refuses_the_result_of_another_checkpoint_or_version(project: Pa
     calibrate.main(["--model", "tiny"])
     prune.main(setting("wanda"))
     manifest = Path("data/prune/tiny/2:4/wanda/manifest.json")
-    manifest.write_text(manifest.read_text().replace('"format": 1', '"format": 99'))
-    with pytest.raises(SystemExit, match="format 99.*reads prune artifacts of format 1.*dvc repro --force"):
+    manifest.write_text(manifest.read_text().replace('"format": 2', '"format": 99'))
+    with pytest.raises(SystemExit, match="format 99.*reads prune artifacts of format 2.*dvc repro --force"):
         assemble.main(setting("wanda"))
     break_weights(lambda tensors: tensors["model.norm.weight"].add_(1))
     with pytest.raises(SystemExit, match="calibration of tiny was made from another checkpoint.*run the calibrate stage again"):
