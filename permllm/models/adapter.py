@@ -1,7 +1,7 @@
 """Where a model family keeps its decoder layers, and which of its linears read the same tensor."""
 
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
@@ -13,11 +13,48 @@ class LinearGroup:
     Attributes:
         readers: paths below the decoder layer, e.g. `("mlp.gate_proj", "mlp.up_proj")`.
         writers: linears whose output channels may be reordered instead of the activations, because only
-            per-channel operations lie in between. Empty if the permutation has to be applied at run time.
+            per-channel operations lie in between. Empty if the group reads the residual stream.
+        norm: path of the norm whose output the readers alone read in layers with norms first: a gather at run time can
+            be part of it. None if they read no norm.
     """
 
     readers: tuple[str, ...]
     writers: tuple[str, ...] = ()
+    norm: str | None = None
+
+
+@dataclass(frozen=True)
+class Attention:
+    """The linears of the attention, by path below the decoder layer. Heads are runs of channels.
+
+    Attributes:
+        group: name of the linear group that reads the heads' outputs.
+    """
+
+    query: str
+    key: str
+    value: str
+    group: str
+
+
+@dataclass(frozen=True)
+class Residual:
+    """Where the channels of the residual stream appear, besides the columns of the linears that read it.
+
+    Attributes:
+        columns: parameters of the model that have them along the last dimension: embeddings, final norms, the head.
+        rows: parameters that have them along the first dimension.
+        replaces: if a parameter of `rows` or `columns` (the value) is there, the channels of the key's last dimension
+            are others: a projection lies between.
+        norms: modules of every decoder layer whose weight and bias have them.
+        writers: linears of every decoder layer that write to it: rows and bias.
+    """
+
+    columns: tuple[str, ...]
+    norms: tuple[str, ...]
+    writers: tuple[str, ...]
+    rows: tuple[str, ...] = ()
+    replaces: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -27,12 +64,17 @@ class ModelAdapter:
     Attributes:
         decoder_layers: path of the list of decoder layers below the causal language model.
         linear_groups: the linears to prune, by the name of their group.
+        attention, residual: where heads and the residual stream are, for folding.
         checkpoint_prefixes: what checkpoints write for the start of `decoder_layers` besides that path itself.
+        norm_first: attribute of a decoder layer that says whether its norms come before what they feed; None for always.
     """
 
     decoder_layers: str
     linear_groups: dict[str, LinearGroup]
+    attention: Attention
+    residual: Residual
     checkpoint_prefixes: tuple[str, ...] = ()
+    norm_first: str | None = None
 
     def layers(self, model: nn.Module) -> nn.ModuleList:
         """Return the decoder layers of a model."""
@@ -56,6 +98,11 @@ class ModelAdapter:
             for group in self.linear_groups.values():
                 for linear in group.readers:
                     yield self.path(index, linear)
+
+    def gathering_norm(self, layer: nn.Module, group: str) -> str | None:
+        """Return the path of the norm that can gather for a group at run time, or None if the linears have to."""
+        is_first = self.norm_first is None or getattr(layer, self.norm_first)
+        return self.linear_groups[group].norm if is_first else None
 
     def tensor_names(self, layer_count: int, present: Collection[str]) -> dict[str, str]:
         """Return what a checkpoint calls the weight of every target linear, by the linear's full path.

@@ -3,29 +3,49 @@
 from torch import nn
 
 from permllm.lookup import lookup
-from permllm.models.adapter import LinearGroup, ModelAdapter
+from permllm.models.adapter import Attention, LinearGroup, ModelAdapter, Residual
+
+ATTENTION = Attention("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", group="attention_out")
 
 GATED_DECODER = ModelAdapter(
     decoder_layers="model.layers",
     linear_groups={
-        "attention_in": LinearGroup(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+        "attention_in": LinearGroup(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), norm="input_layernorm"),
         "attention_out": LinearGroup(("self_attn.o_proj",), writers=("self_attn.v_proj",)),
-        "mlp_in": LinearGroup(("mlp.gate_proj", "mlp.up_proj")),
+        "mlp_in": LinearGroup(("mlp.gate_proj", "mlp.up_proj"), norm="post_attention_layernorm"),
         "mlp_out": LinearGroup(("mlp.down_proj",), writers=("mlp.gate_proj", "mlp.up_proj")),
     },
+    attention=ATTENTION,
+    residual=Residual(
+        columns=("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"),
+        norms=("input_layernorm", "post_attention_layernorm"),
+        writers=("self_attn.o_proj", "mlp.down_proj"),
+    ),
     checkpoint_prefixes=("layers",),
 )
 
 OPT = ModelAdapter(
     decoder_layers="model.decoder.layers",
     linear_groups={
-        "attention_in": LinearGroup(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+        "attention_in": LinearGroup(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), norm="self_attn_layer_norm"),
         "attention_out": LinearGroup(("self_attn.out_proj",), writers=("self_attn.v_proj",)),
-        "mlp_in": LinearGroup(("fc1",)),
+        "mlp_in": LinearGroup(("fc1",), norm="final_layer_norm"),
         "mlp_out": LinearGroup(("fc2",), writers=("fc1",)),
     },
+    attention=ATTENTION,
+    residual=Residual(
+        columns=(
+            "model.decoder.embed_tokens.weight", "model.decoder.embed_positions.weight", "model.decoder.project_out.weight",
+            "model.decoder.final_layer_norm.weight", "model.decoder.final_layer_norm.bias", "lm_head.weight",
+        ),
+        rows=("model.decoder.project_in.weight",),
+        replaces={"model.decoder.embed_tokens.weight": "model.decoder.project_in.weight", "lm_head.weight": "model.decoder.project_out.weight"},
+        norms=("self_attn_layer_norm", "final_layer_norm"),
+        writers=("self_attn.out_proj", "fc2"),
+    ),
     checkpoint_prefixes=("decoder.layers",),
-)
+    norm_first="do_layer_norm_before",
+)  # fmt: skip
 
 FAMILIES = {
     "LlamaForCausalLM": GATED_DECODER,
