@@ -24,7 +24,7 @@ from permllm.models.families import adapter_of
 from permllm.models.loading import load_model, load_tokenizer
 from permllm.params import Params
 from permllm.permutation.permutation import Permutation
-from permllm.pruning.methods import LayerPermutations
+from permllm.pruning.permutations import LayerPermutations
 from permllm.report.figures import ablation_figure, save_figure
 from permllm.report.summary import gap_closed
 from permllm.sparsity.pattern import NMPattern
@@ -105,9 +105,9 @@ def _references(name: str, pattern: str) -> dict[str, float]:
 def _starts(row: AblationRow, folder: Path) -> list[LayerPermutations]:
     """Return what a row begins from; rows that begin alike share it."""
     start = row.config(_subject(row.model).budget).start if row.is_learned else row.recipe
-    path = folder / f"start_{fingerprint([row.pattern, row.score, start, row.seed])}.safetensors"
+    path = folder / f"start_{fingerprint([row.pattern, row.score, start, row.seed, row.layout])}.safetensors"
     if not path.exists():
-        found = _subject(row.model).starts(NMPattern.parse(row.pattern), row.score, start, row.seed)
+        found = _subject(row.model).starts(NMPattern.parse(row.pattern), row.score, start, row.seed, row.layout)
         write_tensors(path, {f"{index}.{name}": permutation.order for index, layer in enumerate(found) for name, permutation in layer.items()})
     tensors = read_tensors(path)
     layers: list[LayerPermutations] = [{} for _ in _subject(row.model).statistics]

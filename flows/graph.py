@@ -52,7 +52,9 @@ def read_stages(root: Path = Path()) -> Stages:
         graph = repo.index.graph  # an edge points from a stage to one that it depends on
         # without a command: a file that DVC tracks
         nodes = {node.addressing: node for node in graph if node.cmd and node.path_in_repo == "dvc.yaml"}
-        needs = {address: sorted(other.addressing for other in graph.successors(nodes[address]) if other.addressing in nodes) for address in sorted(nodes)}
+        needs = {
+            address: sorted(other.addressing for other in graph.successors(nodes[address]) if other.addressing in nodes) for address in sorted(nodes)
+        }
         order = TopologicalSorter(needs).static_order()
         return {address: Stage(address, _setting(nodes[address]), tuple(needs[address])) for address in order}
 

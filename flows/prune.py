@@ -2,14 +2,18 @@
 
 from typing import Any
 
+import torch
+
 from flows.paths import Setting
 from flows.stage import progress, run_stage
 from permllm.artifacts import StaleArtifactError, need_disk, replacing_folder
 from permllm.calibration.storage import Calibration, load_calibration
+from permllm.models.adapter import Heads
 from permllm.models.checkpoint_files import CheckpointFiles
-from permllm.models.loading import load_adapter, load_model, resolve_device
+from permllm.models.loading import load_adapter, load_config, load_model, resolve_device
 from permllm.params import Params
 from permllm.pruning.layerwise import checkpoint_weights, prune_in_parallel, prune_in_sequence
+from permllm.pruning.layout import find_permutations
 from permllm.pruning.storage import pruning_bytes, save_pruning
 from permllm.sparsity.pattern import NMPattern
 
@@ -22,12 +26,17 @@ def prune(params: Params, setting: Setting) -> dict[str, Any]:
     calibration = open_calibration(params, setting)
     adapter, statistics, files = load_adapter(source), calibration.statistics, CheckpointFiles.find(source.folder())
     need_disk(setting.path("prune"), pruning_bytes(files, method))
+    permutations = None
+    if method.layout != "free":  # orders that layers share are found for all of them first, from the dense model's activations
+        weights, heads = list(checkpoint_weights(files, adapter, len(statistics), statistics.device)), Heads.of(load_config(source))
+        generator = torch.Generator().manual_seed(method.seed)
+        permutations = find_permutations(method.layout, method.permutation, method.score, weights, adapter, heads, statistics, pattern, generator)
     if model_params.prune.sequential:
         tokens = calibration.samples.tokens[calibration.samples.training_rows]
-        layers = prune_in_sequence(load_model(source), adapter, tokens, model_params.calibrate.batch_size, pattern, method)
+        layers = prune_in_sequence(load_model(source), adapter, tokens, model_params.calibrate.batch_size, pattern, method, permutations)
     else:
         weights = checkpoint_weights(files, adapter, len(statistics), statistics.device)
-        layers = prune_in_parallel(weights, adapter, statistics, pattern, method)
+        layers = prune_in_parallel(weights, adapter, statistics, pattern, method, permutations)
     with replacing_folder(setting.path("prune")) as folder:
         record = pruning_record(setting, params, calibration, {"sequential": model_params.prune.sequential})
         return save_pruning(folder, progress(layers, "prune layer", len(statistics)), record)

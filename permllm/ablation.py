@@ -7,6 +7,7 @@ learning, the row's change wins over the study's `learn`, that over the model's 
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,7 +22,8 @@ from permllm.lcp.trainer import find_starts, learn_permutations
 from permllm.lookup import lookup
 from permllm.models.adapter import ModelAdapter
 from permllm.pruning.layerwise import apply_layer, model_weights, prune_in_parallel
-from permllm.pruning.methods import LEARNED_PERMUTATION, PERMUTATIONS, LayerPermutations, PruningMethod
+from permllm.pruning.methods import LEARNED_PERMUTATION, PruningMethod
+from permllm.pruning.permutations import PERMUTATIONS, LayerPermutations
 from permllm.report.summary import BASELINE, DENSE
 from permllm.sparsity.pattern import NMPattern
 
@@ -29,7 +31,7 @@ if TYPE_CHECKING:  # slow to import
     from transformers import PreTrainedModel
 
 SWITCHES = (
-    "start", "logits", "block_size", "block_count", "rank", "objective", "layer_objective", "estimator", "gumbel", "mask_temperature",
+    "start", "layout", "logits", "block_size", "block_count", "rank", "objective", "layer_objective", "estimator", "gumbel", "mask_temperature",
     "optimizer", "norm", "moves", "curvature", "learning_rate", "epochs", "sequences", "batch_size", "precision",
 )  # fmt: skip
 
@@ -46,6 +48,7 @@ class NamedRows:
     patterns: tuple[str, ...]
     scores: tuple[str, ...]
     recipes: tuple[str, ...]
+    layouts: tuple[str, ...] = ("free",)
 
 
 @dataclass(frozen=True)
@@ -83,11 +86,10 @@ class AblationConfig:
         """Yield all rows of the study, the named recipes first."""
         for named in self.named:
             for pattern in named.patterns:
-                for score in named.scores:
-                    for recipe in named.recipes:
-                        for seed in self.seeds:
-                            learn = dict(self.learn) if recipe in RECIPES else {}
-                            yield AblationRow(named.model, pattern, score, recipe, seed, learn)
+                for score, layout, recipe in product(named.scores, named.layouts, named.recipes):
+                    for seed in self.seeds:
+                        learn = dict(self.learn) if recipe in RECIPES else {}
+                        yield AblationRow(named.model, pattern, score, recipe, seed, learn, layout=layout)
         for group in self.switches:
             for recipe, changes in group.around.items():
                 for change in changes:
@@ -104,6 +106,7 @@ class AblationRow:
         learn: settings that it shares with the rows it is compared with.
         change: what is different from its recipe.
         is_switch: whether it belongs to the switches changed one at a time.
+        layout: see `LAYOUTS`.
 
     Raises:
         ValueError: if the recipe is unknown, or a permutation without learning is given settings.
@@ -117,6 +120,7 @@ class AblationRow:
     learn: Mapping[str, Any] = field(default_factory=dict)
     change: Mapping[str, Any] = field(default_factory=dict)
     is_switch: bool = False
+    layout: str = "free"
 
     def __post_init__(self) -> None:
         lookup({**RECIPES, **PERMUTATIONS}, self.recipe, "recipe")
@@ -130,7 +134,7 @@ class AblationRow:
 
     def config(self, budget: Mapping[str, Any]) -> LearnConfig:
         """Return the settings of learning, on a model's budget."""
-        return LearnConfig.from_recipe({**budget, **self.learn, **self.change, "recipe": self.recipe, "seed": self.seed})
+        return LearnConfig.from_recipe({**budget, **self.learn, **self.change, "recipe": self.recipe, "seed": self.seed, "layout": self.layout})
 
 
 @dataclass(frozen=True)
@@ -155,9 +159,9 @@ class Subject:
         models = {DENSE: self.model, BASELINE: self._pruned(pattern, BASELINE, "identity")}
         return {name: perplexity(model, self.text, self.length) for name, model in models.items()}
 
-    def starts(self, pattern: NMPattern, score: str, permutation: str, seed: int) -> list[LayerPermutations]:
+    def starts(self, pattern: NMPattern, score: str, permutation: str, seed: int, layout: str) -> list[LayerPermutations]:
         """Return the permutations that a method without learning finds."""
-        config = LearnConfig(start=permutation, seed=seed)
+        config = LearnConfig(start=permutation, seed=seed, layout=layout)
         return find_starts(self.model, self.adapter, self.statistics, pattern, score, config)
 
     def run(self, row: AblationRow, starts: Sequence[LayerPermutations]) -> dict[str, Any]:
@@ -171,7 +175,8 @@ class Subject:
         """
         pattern = NMPattern.parse(row.pattern)
         record: dict[str, Any] = dict.fromkeys(SWITCHES)
-        record["start"], permutations = row.recipe, list(starts)
+        record |= {"start": row.recipe, "layout": row.layout}
+        permutations = list(starts)
         if row.is_learned:
             config = row.config(self.budget)
             result = learn_permutations(self.model, self.adapter, self.samples, self.statistics, pattern, row.score, config, starts=starts)

@@ -2,18 +2,21 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
+
+import torch
 
 from permllm.calibration.capture import dense_statistics
 from permllm.calibration.samples import draw_windows, tokenize
 from permllm.lcp.recipes import LearnConfig
 from permllm.lcp.trainer import EpochRecord, learn_permutations
-from permllm.models.adapter import check_finite
+from permllm.models.adapter import Heads, check_finite
 from permllm.models.families import adapter_of
 from permllm.models.loading import check_length, context_length
 from permllm.permutation.permutation import Permutation
 from permllm.pruning.layerwise import apply_layer, model_weights, prune_in_parallel
+from permllm.pruning.layout import find_permutations
 from permllm.pruning.methods import PruningMethod
 from permllm.sparsity.pattern import NMPattern
 
@@ -55,6 +58,7 @@ def prune(
     length: int | None = None,
     batch_size: int = 8,
     seed: int = 0,
+    layout: str = "free",
     learn: LearnConfig | None = None,
 ) -> PruneResult:
     """Prune a causal language model to N:M sparsity, in place.
@@ -68,6 +72,7 @@ def prune(
         update: None, or `sparsegpt` to update the kept weights.
         sequences: calibration sequences; with `lcp` one eighth of them is held out to choose the best epoch.
         length: tokens per sequence; None for the model's context, at most 1024.
+        layout: `free`, every linear group its own order, or `foldable`, orders that fold away into a stock checkpoint.
         learn: settings of `lcp`; None for `recipe: best`.
 
     Raises:
@@ -78,10 +83,10 @@ def prune(
         >>> result = prune(model, tokenizer, texts, pattern="2:4", permutation="cp")  # doctest: +SKIP
         >>> result.model.save_pretrained("pruned")  # doctest: +SKIP
     """
-    method, parsed = PruningMethod(score, permutation, update, seed), NMPattern.parse(pattern)
+    method, parsed = PruningMethod(score, permutation, update, seed, layout), NMPattern.parse(pattern)
     adapter = adapter_of(model)
     check_finite(model)
-    config = learn or LearnConfig.from_recipe({"seed": seed, "batch_size": batch_size})
+    config = replace(learn or LearnConfig.from_recipe({"seed": seed, "batch_size": batch_size}), layout=layout)
     parsed.check_widths(adapter.widths(model))
     if method.is_learned:
         config.check_widths(adapter.widths(model), parsed)
@@ -90,7 +95,11 @@ def prune(
     samples = draw_windows(tokenize(texts, tokenizer), sequences, length, seed, math.ceil(sequences / 8) if method.is_learned else 0)
     statistics = list(dense_statistics(model, adapter, samples.tokens[samples.training_rows], batch_size))
     learned = learn_permutations(model, adapter, samples, statistics, parsed, score, config) if method.is_learned else None
-    pruned = list(prune_in_parallel(model_weights(model, adapter), adapter, statistics, parsed, method, learned and learned.permutations))
+    permutations = learned and learned.permutations
+    if not method.is_learned and layout != "free":
+        weights, generator = list(model_weights(model, adapter)), torch.Generator().manual_seed(seed)
+        permutations = find_permutations(layout, permutation, score, weights, adapter, Heads.of(model.config), statistics, parsed, generator)
+    pruned = list(prune_in_parallel(model_weights(model, adapter), adapter, statistics, parsed, method, permutations))
     groups = {adapter.path(index, path): group for index, layer in enumerate(pruned) for group in layer.values() for path in group.linears}
     for layer, decided in zip(adapter.layers(model), pruned, strict=True):
         apply_layer(layer, decided)

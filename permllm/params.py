@@ -15,9 +15,11 @@ from permllm.calibration.texts import TextSource
 from permllm.evaluation.evaluate import EvaluateConfig, PerplexityConfig, ZeroShotConfig
 from permllm.lcp.recipes import LearnConfig, with_recipe
 from permllm.lookup import lookup
+from permllm.models.adapter import Heads
 from permllm.models.families import adapter_of
 from permllm.models.loading import ModelSource, check_length, load_skeleton
-from permllm.pruning.layerwise import PruneConfig
+from permllm.pruning.layerwise import PruneConfig, model_weights
+from permllm.pruning.layout import group_widths, shared_orders
 from permllm.pruning.methods import PruningMethod
 from permllm.report.summary import DENSE as DENSE
 from permllm.sparsity.pattern import NMPattern
@@ -47,13 +49,14 @@ class MethodParams:
 
     score: str = "wanda"
     permutation: str = "identity"
+    layout: str = "free"
     update: str | None = None
     seed: int = 0
     learn: Mapping[str, Any] = field(default_factory=dict)
 
     def pruning(self) -> PruningMethod:
         """Return the choices as the library takes them."""
-        return PruningMethod(self.score, self.permutation, self.update, self.seed)
+        return PruningMethod(self.score, self.permutation, self.update, self.seed, self.layout)
 
 
 @dataclass(frozen=True)
@@ -149,7 +152,7 @@ class Params:
         Raises:
             ValueError: if a setting is unknown or makes no sense.
         """
-        settings = with_recipe({**self.model(model).learn, **self.method(method).learn})
+        settings = with_recipe({**self.model(model).learn, "layout": self.method(method).layout, **self.method(method).learn})
         config = _checked(LearnConfig, settings, f"learn of {model} and {method}")
         available = self.model(model).calibrate.sequences - self.model(model).calibrate.held_out
         if config.sequences is not None and config.sequences > available:
@@ -165,11 +168,17 @@ class Params:
         """
         params = self.model(name)
         skeleton = load_skeleton(params.model_source())
-        widths = adapter_of(skeleton).widths(skeleton)
+        adapter, heads = adapter_of(skeleton), Heads.of(skeleton.config)
+        widths, groups = adapter.widths(skeleton), group_widths(model_weights(skeleton, adapter), adapter)
         checks = [lambda pattern=pattern: NMPattern.parse(pattern).check_widths(widths) for pattern in self.run.patterns]
         checks += [
             lambda method=method, pattern=pattern: self.learn(name, method).check_widths(widths, NMPattern.parse(pattern))
             for method in self.run.learned
+            for pattern in self.run.patterns
+        ]
+        checks += [
+            lambda layout=layout, pattern=pattern: shared_orders(layout, adapter, groups, heads, NMPattern.parse(pattern))
+            for layout in {self.method(method).layout for method in self.run.methods}
             for pattern in self.run.patterns
         ]
         checks += [

@@ -11,22 +11,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from permllm.models.adapter import ModelAdapter
+from permllm.models.adapter import Heads, ModelAdapter
 from permllm.permutation.permutation import Permutation
-from permllm.pruning.methods import LayerPermutations
-
-
-@dataclass(frozen=True)
-class Heads:
-    """How attention divides its channels: `query` heads, of which equal runs share one of the `key_value` heads."""
-
-    query: int
-    key_value: int
-
-    @classmethod
-    def of(cls, config: object) -> "Heads":
-        """Read them from a model's configuration."""
-        return cls(config.num_attention_heads, getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+from permllm.pruning.permutations import LayerPermutations
 
 
 @dataclass(frozen=True)

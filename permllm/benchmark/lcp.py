@@ -39,9 +39,12 @@ from permllm.lcp.masked_linear import MaskedLinear, MaskRule, mask_layer, mask_r
 from permllm.lcp.objective import relative_error
 from permllm.lcp.recipes import LearnConfig
 from permllm.lookup import lookup
+from permllm.models.adapter import Heads
 from permllm.models.families import adapter_of
 from permllm.permutation.permutation import Permutation
 from permllm.permutation.sinkhorn import sinkhorn
+from permllm.pruning.layerwise import model_weights
+from permllm.pruning.layout import SharedOrder, group_widths, shared_orders
 from permllm.pruning.metrics import Score
 from permllm.sparsity.mask import nm_mask
 from permllm.sparsity.pattern import NMPattern
@@ -181,7 +184,7 @@ def _paper(model: "PreTrainedModel", backward: Callable[[], None]) -> Bench:
 
 def _ours(model: "PreTrainedModel", backward: Callable[[], None]) -> Bench:
     config = LearnConfig(logits="identity", mask_temperature=0.3, learning_rate=1e-3)
-    groups = LearnedGroups(_starts(model), PATTERN, config, torch.Generator(), model.device)
+    groups = LearnedGroups(_starts(model), _shared(model), PATTERN, config, torch.Generator(), model.device)
     _mask(model, groups.layers, config)
     optimizer = torch.optim.AdamW(groups.parameters(), config.learning_rate)
 
@@ -197,7 +200,7 @@ def _ours(model: "PreTrainedModel", backward: Callable[[], None]) -> Bench:
 
 def _guided(model: "PreTrainedModel", backward: Callable[[], None]) -> Bench:
     config = LearnConfig(optimizer="guided")
-    groups = GuidedGroups(_starts(model), PATTERN, config, model.device)
+    groups = GuidedGroups(_starts(model), _shared(model), PATTERN, config, model.device)
     linears = _mask(model, groups.layers, config)
     flat = [linear for layer in linears for group in layer.values() for linear in group]
     curvature = {linear: torch.ones(linear.original.out_features, device=model.device) for linear in flat}
@@ -220,6 +223,11 @@ def _starts(model: "PreTrainedModel") -> list[dict[str, Permutation]]:
         {name: Permutation.identity(layer.get_submodule(group.readers[0]).in_features) for name, group in adapter.linear_groups.items()}
         for layer in adapter.layers(model)
     ]
+
+
+def _shared(model: "PreTrainedModel") -> list[SharedOrder]:
+    adapter = adapter_of(model)
+    return shared_orders("free", adapter, group_widths(model_weights(model, adapter), adapter), Heads.of(model.config), PATTERN)
 
 
 def _mask(model: "PreTrainedModel", permutations: Sequence[dict[str, GroupPermutation]], config: LearnConfig) -> list[dict[str, list[MaskedLinear]]]:

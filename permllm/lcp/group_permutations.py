@@ -14,7 +14,8 @@ from permllm.lcp.recipes import LearnConfig
 from permllm.lcp.schedule import cosine_decay
 from permllm.permutation.learnable import LearnableBlocks, gumbel_noise
 from permllm.permutation.permutation import Permutation
-from permllm.pruning.methods import LayerPermutations
+from permllm.pruning.layout import Member, SharedOrder
+from permllm.pruning.permutations import LayerPermutations
 from permllm.sparsity.pattern import NMPattern
 
 
@@ -51,6 +52,7 @@ class LearnedGroups(nn.Module):
 
     Args:
         starts: of every linear group of every layer.
+        shared: which of them learn one order together.
         generator: of uniform logits and of noise.
 
     Attributes:
@@ -58,19 +60,25 @@ class LearnedGroups(nn.Module):
     """
 
     def __init__(
-        self, starts: Sequence[LayerPermutations], pattern: NMPattern, config: LearnConfig, generator: torch.Generator, device: torch.device
+        self,
+        starts: Sequence[LayerPermutations],
+        shared: Sequence[SharedOrder],
+        pattern: NMPattern,
+        config: LearnConfig,
+        generator: torch.Generator,
+        device: torch.device,
     ) -> None:
         super().__init__()
         self.iterations, self.gumbel, self.soft, self.generator = config.sinkhorn_iterations, config.gumbel, config.estimator == "soft", generator
         self.layers = [{name: GroupPermutation(start.order.to(device)) for name, start in layer.items()} for layer in starts]
-        self._members: dict[int, list[GroupPermutation]] = defaultdict(list)
-        for group in (group for layer in self.layers for group in layer.values()):
-            self._members[config.fitting_block_size(len(group.start), pattern)].append(group)
+        self._shared: dict[int, list[SharedOrder]] = defaultdict(list)
+        for one in shared:
+            self._shared[config.fitting_block_size(one.block or one.width, pattern)].append(one)
         drawn = generator if config.logits == "uniform" or config.rank else None
         self.blocks = nn.ModuleDict(
             {
-                str(size): LearnableBlocks(sum(len(group.start) for group in members) // size, size, drawn, config.rank)
-                for size, members in self._members.items()
+                str(size): LearnableBlocks(sum(one.width for one in members) // size, size, drawn, config.rank)
+                for size, members in self._shared.items()
             }
         )
         self._arguments: dict[str, tuple[float, int, Tensor | None]] = {}
@@ -87,15 +95,17 @@ class LearnedGroups(nn.Module):
         Raises:
             ValueError: if the logits are not finite.
         """
-        for size, members in self._members.items():
+        for size, shared in self._shared.items():
             blocks = self.blocks[str(size)]
             shape, device = (len(blocks), size, size), blocks.factors[0].device
             drawn = gumbel_noise(shape, self.gumbel * noise, self.generator, device) if self.gumbel * noise else None
             self._arguments[str(size)] = (temperature, self.iterations, drawn)
-            relaxed, counts = blocks.relax(*self._arguments[str(size)]), [len(group.start) // size for group in members]
+            relaxed, counts = blocks.relax(*self._arguments[str(size)]), [one.width // size for one in shared]
             local = repeat(None) if self.soft and not hard else blocks.harden().split(counts)
-            for group, part, part_local in zip(members, relaxed.split(counts), local, strict=False):
-                group.relaxed, group.local = part, part_local
+            for one, part, part_local in zip(shared, relaxed.split(counts), local, strict=False):
+                for (layer, name), members in _by_group(one).items():
+                    group = self.layers[layer][name]
+                    group.relaxed, group.local = (_repeated(value, members, size) for value in (part, part_local))
 
     def pull_back(self) -> None:
         """Carry the gradients that the values of this step collected to the logits."""
@@ -105,6 +115,22 @@ class LearnedGroups(nn.Module):
     def permutations(self) -> list[LayerPermutations]:
         """Return the hard permutations of this step."""
         return [{name: Permutation(group.order) for name, group in layer.items()} for layer in self.layers]
+
+
+def _by_group(shared: SharedOrder) -> dict[tuple[int, str], list[Member]]:
+    groups: dict[tuple[int, str], list[Member]] = defaultdict(list)
+    for member in shared.members:
+        groups[member.layer, member.group].append(member)
+    return groups
+
+
+def _repeated(value: Tensor | None, members: Sequence[Member], size: int) -> Tensor | None:
+    """Return the blocks of a linear group, (blocks, ...), from those of the order that its members share."""
+    if value is None or members[0].channels is None:
+        return value
+    # members are the heads that move alike: every block of theirs is a run of channels, and has a place among the group's
+    places = torch.cat([member.channels[::size] // size for member in members])
+    return value[(torch.arange(len(places)) % len(value))[places.argsort()].to(value.device)]
 
 
 class LogitLearner:

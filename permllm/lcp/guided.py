@@ -21,8 +21,9 @@ from permllm.lcp.masked_linear import MaskedLinear
 from permllm.lcp.recipes import LearnConfig
 from permllm.models.adapter import is_finite
 from permllm.permutation.permutation import Permutation
-from permllm.permutation.search import Moves, Partition, random_pairs, ranks, regrouped, single_threaded
-from permllm.pruning.methods import LayerPermutations
+from permllm.permutation.search import Moves, Partition, best_moves, random_pairs, ranks, regrouped, single_threaded
+from permllm.pruning.layout import Member, SharedOrder
+from permllm.pruning.permutations import LayerPermutations
 from permllm.sparsity.pattern import NMPattern
 
 FLATTEST = 1e-12  # of a linear's mean curvature: rows that the loss does not see are no reason to divide by zero
@@ -35,13 +36,21 @@ class GuidedGroups:
 
     Args:
         starts: of every linear group of every layer.
+        shared: which of them learn one order together.
 
     Attributes:
         layers: the permutations by layer and name of the linear group.
     """
 
-    def __init__(self, starts: Sequence[LayerPermutations], pattern: NMPattern, config: LearnConfig, device: torch.device) -> None:
-        self.pattern, self.config = pattern, config
+    def __init__(
+        self,
+        starts: Sequence[LayerPermutations],
+        shared: Sequence[SharedOrder],
+        pattern: NMPattern,
+        config: LearnConfig,
+        device: torch.device,
+    ) -> None:
+        self.shared, self.pattern, self.config = shared, pattern, config
         self._ranks: dict[MaskedLinear, Tensor] = {}  # of a group's scores, by its first linear: they do not change
         self.layers = [{name: GroupPermutation(start.canonical(pattern.group).order.to(device)) for name, start in layer.items()} for layer in starts]
 
@@ -65,7 +74,7 @@ class GuidedGroups:
         share: float,
         generator: torch.Generator,
     ) -> int:
-        """Make the moves of all linear groups that lower the loss most, and return how many.
+        """Make the moves that lower the loss most, and return how many.
 
         Args:
             linears: with the gradients that they collected.
@@ -79,29 +88,38 @@ class GuidedGroups:
         broken = [name for layer in linears for name, group in layer.items() if not all(is_finite(linear.gradient) for linear in group)]
         if broken:
             raise ValueError(f"the gradients of the masked weights are no longer finite, first in a group {broken[0]}")
-        proposed: list[tuple[GroupPermutation, Tensor, Moves]] = []
-        for layer, group_linears, stats in zip(self.layers, linears, statistics, strict=True):
-            for name, group in layer.items():
-                partition = self._partition(group, group_linears[name], stats[name].gram, curvature)
-                proposed.append((group, partition.groups, partition.propose(random_pairs(len(partition.groups), generator))))
-        gains = torch.cat([moves.gain for *_, moves in proposed])
+        pairs = [random_pairs(one.width, one.block, self.pattern, generator) for one in self.shared]
+        weighed: list[list[Tensor]] = [[] for _ in self.shared]  # errors of all candidates and of the groups as they are, summed over members
+        for layer, stats in enumerate(statistics):
+            for number, member in ((number, member) for number, one in enumerate(self.shared) for member in one.members if member.layer == layer):
+                found = self._partition(member, linears[layer][member.group], stats[member.group].gram, curvature).weigh(pairs[number])
+                weighed[number] = [sum(both) for both in zip(weighed[number], found, strict=True)] if weighed[number] else list(found)
+        moves = [best_moves(*arguments) for arguments in zip(pairs, weighed, strict=True)]
+        gains = torch.cat([move.gain for move in moves])
         least = max(float(gains.topk(max(round(share * len(gains)), 1)).values[-1]), torch.finfo(gains.dtype).tiny)
-        for group, groups, moves in proposed:
-            group.start = regrouped(groups, moves[moves.gain >= least]).flatten()
+        for one, move in zip(self.shared, moves, strict=True):
+            self._move(one, move[move.gain >= least])
         return int((gains >= least).sum())
 
-    def _partition(
-        self, group: GroupPermutation, linears: Sequence[MaskedLinear], gram: Tensor, curvature: Mapping[MaskedLinear, Tensor]
-    ) -> Partition:
-        """Return the groups of one linear group, with the loss as their error."""
+    def _move(self, shared: SharedOrder, moves: Moves) -> None:
+        first = shared.members[0]
+        groups = first.own_order(self.layers[first.layer][first.group].start).view(-1, self.pattern.group).sort(dim=1).values
+        order = regrouped(groups, moves).flatten()
+        for member in shared.members:
+            group = self.layers[member.layer][member.group]
+            group.start = member.group_order(order, group.start)
+
+    def _partition(self, member: Member, linears: Sequence[MaskedLinear], gram: Tensor, curvature: Mapping[MaskedLinear, Tensor]) -> Partition:
+        """Return the groups of one member, with the loss as their error."""
         weights = [linear.original.weight for linear in linears]
         if linears[0] not in self._ranks:
             self._ranks[linears[0]] = ranks(torch.cat([linear.rule.score.of(weight) for linear, weight in zip(linears, weights, strict=True)]))
         bend = torch.cat([curvature[linear] for linear in linears]) * (self.config.curvature / 2)
         scale = bend.clamp(min=max(float(bend.mean()) * FLATTEST, torch.finfo(torch.float32).tiny)).sqrt()
-        gradient = torch.cat([linear.gradient for linear in linears], dim=1)  # (in, out)
-        weight, pull = torch.cat(weights).float() * scale[:, None], gradient / (-2 * scale)
-        return Partition(weight, self._ranks[linears[0]], gram, self.pattern, group.order, pull)
+        gradient = member.take(torch.cat([linear.gradient for linear in linears], dim=1), 0)  # (in, out)
+        weight, pull = member.take(torch.cat(weights), 1).float() * scale[:, None], gradient / (-2 * scale)
+        order = member.own_order(self.layers[member.layer][member.group].start)
+        return Partition(weight, member.take(self._ranks[linears[0]], 0), member.take(gram, 0, 1), self.pattern, order, pull)
 
 
 class GuidedLearner:

@@ -8,7 +8,8 @@ from typing import Any, Self
 from permllm.lcp.objective import HIDDEN_OBJECTIVES, LOGIT_OBJECTIVES, check_objective, needs_logits
 from permllm.lcp.optimizers import LINEAR_MINIMIZERS
 from permllm.lookup import lookup
-from permllm.pruning.methods import PERMUTATIONS
+from permllm.pruning.layout import LAYOUTS
+from permllm.pruning.permutations import PERMUTATIONS
 from permllm.sparsity.pattern import NMPattern
 
 ESTIMATORS = ("hard", "soft")
@@ -28,6 +29,7 @@ class LearnConfig:
         start: the order that learning begins from: `identity`, `random`, `cp` or `search`, see `PERMUTATIONS`.
         logits: their first values: `identity`, a soft identity around the start, or `uniform` in (-1, 1), which makes
             the first permutations random inside blocks.
+        layout: `free`, every linear group its own order, or `foldable`, orders that fold away; see `LAYOUTS`.
         block_size: channels permuted among themselves; every layer takes the fitting size nearest to it. None for the whole layer.
         block_count: instead of `block_size`, blocks per layer.
         rank: of the logits; None for free ones.
@@ -65,6 +67,7 @@ class LearnConfig:
     recipe: str = "paper"
     start: str = "identity"
     logits: str = "uniform"
+    layout: str = "free"
     block_size: int | None = 64
     block_count: int | None = None
     rank: int | None = None
@@ -96,7 +99,7 @@ class LearnConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        tables = {"start": PERMUTATIONS, "recipe": RECIPES, "norm": LINEAR_MINIMIZERS, "optimizer": OPTIMIZER_SETTINGS}
+        tables = {"start": PERMUTATIONS, "recipe": RECIPES, "norm": LINEAR_MINIMIZERS, "optimizer": OPTIMIZER_SETTINGS, "layout": LAYOUTS}
         tables |= {name: dict.fromkeys(names) for name, names in {"logits": LOGITS, "estimator": ESTIMATORS, "precision": PRECISIONS}.items()}
         for name, table in tables.items():
             lookup(table, getattr(self, name), name)
@@ -114,6 +117,10 @@ class LearnConfig:
         clashes = [
             ("objective holds no term", not self.objectives),
             ("window trains towards hidden states, but objective compares next tokens", self.window is not None and needs_logits(self.objectives)),
+            (
+                "layout foldable shares an order between all layers, so they learn together: window and last_layers must be null",
+                self.layout == "foldable" and (self.window, self.last_layers) != (None, None),
+            ),
             ("block_size and block_count exclude each other; set one of them to null", None not in (self.block_size, self.block_count)),
             (f"Scion needs a learning_rate up to 1, not {self.learning_rate}", self.optimizer == "scion" and (self.learning_rate or 0) > 1),
             (f"momentum is the share of the new gradient, at most 1, not {self.momentum}", self.momentum > 1),

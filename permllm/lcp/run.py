@@ -25,9 +25,11 @@ from permllm.lcp.masked_linear import MaskedLinear
 from permllm.lcp.objective import HIDDEN_OBJECTIVES, LOGIT_OBJECTIVES, NextTokens, curvature_probe, needs_logits
 from permllm.lcp.recipes import LearnConfig
 from permllm.lcp.schedule import linear_temperature
-from permllm.models.adapter import ModelAdapter, is_finite
+from permllm.models.adapter import Heads, ModelAdapter, is_finite
 from permllm.permutation.permutation import Permutation
-from permllm.pruning.methods import LayerPermutations
+from permllm.pruning.layerwise import model_weights
+from permllm.pruning.layout import group_widths, shared_orders
+from permllm.pruning.permutations import LayerPermutations
 from permllm.sparsity.pattern import NMPattern
 
 if TYPE_CHECKING:  # slow to import
@@ -70,11 +72,13 @@ class Setup:
         """The decoder layers."""
         return self.adapter.layers(self.model)
 
-    def groups(self, starts: Sequence[LayerPermutations], generator: torch.Generator) -> LearnedGroups | GuidedGroups:
+    def groups(self, part: range, starts: Sequence[LayerPermutations], generator: torch.Generator) -> LearnedGroups | GuidedGroups:
         """Return permutations of some layers that can learn."""
+        widths = group_widths(model_weights(self.model, self.adapter), self.adapter)[part.start : part.stop]
+        shared = shared_orders(self.config.layout, self.adapter, widths, Heads.of(self.model.config), self.pattern)
         if self.config.optimizer == "guided":
-            return GuidedGroups(starts, self.pattern, self.config, self.model.device)
-        return LearnedGroups(starts, self.pattern, self.config, generator, self.model.device)
+            return GuidedGroups(starts, shared, self.pattern, self.config, self.model.device)
+        return LearnedGroups(starts, shared, self.pattern, self.config, generator, self.model.device)
 
 
 class LearningError(ArithmeticError):

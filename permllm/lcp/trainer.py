@@ -9,6 +9,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,10 +25,12 @@ from permllm.lcp.objective import NextTokens, needs_logits
 from permllm.lcp.recipes import LearnConfig
 from permllm.lcp.run import EpochRecord, LearningError, Run, Setup, State, Target, orders_of
 from permllm.lookup import lookup
-from permllm.models.adapter import ModelAdapter
+from permllm.models.adapter import Heads, ModelAdapter
 from permllm.permutation.permutation import Permutation
-from permllm.pruning.methods import LayerPermutations, find_permutation
+from permllm.pruning.layerwise import model_weights
+from permllm.pruning.layout import find_shared_order, group_widths, shared_orders, spread
 from permllm.pruning.metrics import PRUNING_METRICS
+from permllm.pruning.permutations import LayerPermutations
 from permllm.sparsity.pattern import NMPattern
 
 if TYPE_CHECKING:  # slow to import
@@ -148,7 +151,7 @@ def _learn(
         part = range(first, min(first + width, len(layers)))
         if window >= saved.window:
             generator = torch.Generator().manual_seed(config.seed)
-            groups = setup.groups(permutations[part.start : part.stop], generator)
+            groups = setup.groups(part, permutations[part.start : part.stop], generator)
             target = _target(setup, dense, part, tokens)
             with _masked_layers(setup, part, groups.layers) as linears:
                 run = Run(setup, part, sparse, target, len(training), groups, linears, generator, saved)
@@ -173,16 +176,15 @@ def find_starts(
     fixed: int = 0,
 ) -> list[LayerPermutations]:
     """Find the permutations that learning begins from; the first `fixed` layers get the heuristic one."""
-    metric, generator = lookup(PRUNING_METRICS, score, "score"), torch.Generator().manual_seed(config.seed)
-    starts: list[LayerPermutations] = []
-    for index, (layer, stats) in enumerate(zip(adapter.layers(model), statistics, strict=True)):
-        name_of_start = config.start if index >= fixed else "cp"
-        starts.append({})
-        for name, group in adapter.linear_groups.items():
-            weights = {path: layer.get_submodule(path).weight for path in group.readers}
-            scores = {path: metric(weight, stats[name]).of(weight) for path, weight in weights.items()}
-            starts[-1][name] = find_permutation(name_of_start, weights, scores, stats[name], pattern, generator)
-    return starts
+    weights, generator = list(model_weights(model, adapter)), torch.Generator().manual_seed(config.seed)
+    widths = group_widths(weights, adapter)
+    shared = shared_orders(config.layout, adapter, widths, Heads.of(model.config), pattern)
+    stats = lru_cache(maxsize=1)(statistics.__getitem__)
+    orders = [
+        find_shared_order("cp" if one.members[0].layer < fixed else config.start, score, one, weights, adapter, stats, pattern, generator)
+        for one in shared
+    ]
+    return spread(shared, orders, widths)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Self
 
 from torch import Tensor, nn
 
@@ -35,6 +36,19 @@ class Attention:
     key: str
     value: str
     group: str
+
+
+@dataclass(frozen=True)
+class Heads:
+    """How attention divides its channels: `query` heads, of which equal runs share one of the `key_value` heads."""
+
+    query: int
+    key_value: int
+
+    @classmethod
+    def of(cls, config: object) -> Self:
+        """Read them from a model's configuration."""
+        return cls(config.num_attention_heads, getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ tr(E G E^T), and changing E by D changes it by 2 <D, E G> + <D G, D>; E G is cal
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import combinations
@@ -25,45 +25,78 @@ CANDIDATE_BYTES = 2**21  # of the candidates that are judged at once, unless tho
 SMALLEST_GAIN = 1e-7  # of the error at the start: smaller ones are rounding
 
 
+@dataclass(frozen=True)
+class Problem:
+    """What an order of channels is judged on: linears that read them, and their statistics.
+
+    Attributes:
+        weight: (out, in), the rows of all linears stacked; judged in float32.
+        score: (out, in), what the mask goes by.
+        gram: (in, in) of the channels, at any scale.
+
+    Raises:
+        ValueError: if the shapes do not fit each other.
+    """
+
+    weight: Tensor
+    score: Tensor
+    gram: Tensor
+
+    def __post_init__(self) -> None:
+        channels = self.weight.shape[1]
+        if self.score.shape != self.weight.shape or self.gram.shape != (channels, channels):
+            raise ValueError(
+                f"a search needs score {tuple(self.weight.shape)} and a Gram matrix ({channels}, {channels}), as the weight has, "
+                f"not {tuple(self.score.shape)} and {tuple(self.gram.shape)}"
+            )
+
+
 def search_permutation(
-    weight: Tensor, score: Tensor, gram: Tensor, pattern: NMPattern, start: Permutation, sweeps: int, generator: torch.Generator
+    problems: Sequence[Problem], pattern: NMPattern, start: Permutation, sweeps: int, generator: torch.Generator, block: int | None = None
 ) -> Permutation:
-    """Find an order of the input channels under which the N:M mask changes the output less.
+    """Find an order of input channels under which the N:M mask changes the output less.
 
     Args:
-        weight: (out, in), the rows of all linears of a linear group stacked; judged in float32.
-        score: (out, in), what the mask goes by.
-        gram: (in, in) of the linear group's input, at any scale.
+        problems: of which the order is to lower the sum of the output errors, each relative to its output if there are
+            several; all with the same channels.
         start: where the search begins, for example the heuristic permutation.
         sweeps: how often every pair of groups meets at most; the search ends early at a local optimum.
         generator: of the pairing.
+        block: channels stay inside their run of so many, as those of a head have to; None for no such bound.
 
     Returns:
         The canonical form of the order found; its error is never above that of `start` in canonical form.
 
     Raises:
-        ValueError: if M does not divide `in`, the shapes do not fit each other, or the Gram matrix is not finite or holds no signal.
+        ValueError: if M does not divide the channels, the shapes do not fit each other, or a Gram matrix is not finite or
+            holds no signal.
 
     Source: neighbourhood of Pool & Yu (NeurIPS 2021), judged by the true error instead of the retained score.
     """
-    channels = weight.shape[1]
+    channels = len(start)
     pattern.check_widths({"the weight": channels})
-    if score.shape != weight.shape or gram.shape != (channels, channels) or len(start) != channels:
-        raise ValueError(
-            f"a search needs score {tuple(weight.shape)}, a Gram matrix ({channels}, {channels}) and a start of {channels} channels, "
-            f"as the weight has, not {tuple(score.shape)}, {tuple(gram.shape)} and {len(start)}"
-        )
-    if not (gram.isfinite().all() and gram.diagonal().min() >= 0 and gram.diagonal().max() > 0):
-        raise ValueError("a search needs a finite Gram matrix whose diagonal is not all zero; gather the statistics again with `calibrate`")
+    if misfits := [problem.weight.shape[1] for problem in problems if problem.weight.shape[1] != channels]:
+        raise ValueError(f"a search needs a start of as many channels as the weight has, not {channels} for {', '.join(map(str, misfits))}")
+    for gram in (problem.gram for problem in problems):
+        if not (gram.isfinite().all() and gram.diagonal().min() >= 0 and gram.diagonal().max() > 0):
+            raise ValueError("a search needs a finite Gram matrix whose diagonal is not all zero; gather the statistics again with `calibrate`")
     with single_threaded():
-        partition = Partition(weight.float(), ranks(score), gram.float(), pattern, start.order.to(weight.device))
-        start_error = partition.error()
+        partitions = [_partition(problem, pattern, start, is_relative=len(problems) > 1) for problem in problems]
+        start_error = sum(partition.error() for partition in partitions)
         for _ in range(sweeps):
-            moved = [partition.improve(pairs, SMALLEST_GAIN * start_error) for pairs in _pairings(channels // pattern.group, generator)]
+            moved = [improve(partitions, pairs, SMALLEST_GAIN * start_error) for pairs in _pairings(channels, block, pattern, generator)]
             if not any(moved):
                 break
-        found = Permutation(partition.groups.flatten()) if partition.error() <= start_error else start
+        end_error = sum(partition.error() for partition in partitions)
+        found = Permutation(partitions[0].groups.flatten()) if end_error <= start_error else start
         return found.canonical(pattern.group)
+
+
+def _partition(problem: Problem, pattern: NMPattern, start: Permutation, is_relative: bool) -> "Partition":
+    weight, gram = problem.weight.float(), problem.gram.float()
+    if is_relative:
+        weight = weight / ((weight @ gram) * weight).sum().clamp(min=torch.finfo(torch.float32).tiny).sqrt()
+    return Partition(weight, ranks(problem.score), gram, pattern, start.order.to(weight.device))
 
 
 @contextmanager
@@ -133,39 +166,40 @@ class Partition:
         """Return tr(E G E^T), summed in float64."""
         return float(((self.gram @ self.removed) * self.removed).sum(dtype=torch.float64))
 
-    def improve(self, pairs: Tensor, smallest_gain: float) -> int:
-        """Re-partition the pairs of groups, (pairs, 2), that gain; return how many did."""
-        moves = self.propose(pairs)
-        moves = moves[moves.gain.argsort(descending=True)]
-        moves = moves[moves.gain > smallest_gain]
-        arranged = _arranged(self.groups, moves)
-        change = self._removed_from(arranged) - _rows(self.removed, arranged)  # D, (moves, 2M, out)
-        chosen = self._compatible(moves.gain, change, arranged, smallest_gain)
-        moved, change = arranged[chosen].flatten(), change[chosen].flatten(0, 1)
-        self.removed.index_add_(0, moved, change)
-        self.pull += self.gram.index_select(1, moved) @ change
-        self.groups = regrouped(self.groups, moves[chosen])
-        return len(chosen)
+    def weigh(self, pairs: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the errors of all re-partitions of pairs of groups, (pairs, candidates), and as they are, (pairs,).
 
-    def propose(self, pairs: Tensor) -> Moves:
-        """Find for every pair of groups, (pairs, 2), its best re-partition."""
-        pairs = pairs.to(self.groups.device)
-        return Moves(pairs, *self._best_candidates(self.groups[pairs].flatten(1)))
-
-    def _removed_from(self, channels: Tensor) -> Tensor:
-        """Return what the mask removes, (..., out), of channels that lie in groups of M."""
-        kept = nm_mask(-self.rank[channels.flatten()], self.pattern, dim=0)
-        return self.weight[channels.flatten()].masked_fill_(kept, 0.0).unflatten(0, channels.shape)
-
-    def _best_candidates(self, channels: Tensor) -> tuple[Tensor, Tensor]:
-        """Return for every pair, (pairs, 2M) channels, by how much its best candidate lowers the error, and which one it is."""
+        Of both what no candidate changes is left out.
+        """
+        channels = self.groups[pairs.to(self.groups.device)].flatten(1)
         weight, rank, old, pull = (_rows(tensor, channels) for tensor in (self.weight, self.rank, self.removed, self.pull))  # (pairs, 2M, out)
         gram = self.gram[channels[:, :, None], channels[:, None, :]]
         inside = gram @ old
         outside = pull - inside  # of the pull, what comes from the channels of other pairs
         parts = zip(*(tensor.split(len(self.buffers[0])) for tensor in (weight, rank, gram, outside)), strict=True)
-        error, candidate = torch.cat([self._candidate_errors(*part) for part in parts]).min(dim=1)
-        return ((inside + 2 * outside) * old).sum((1, 2)) - error, candidate
+        return torch.cat([self._candidate_errors(*part) for part in parts]), ((inside + 2 * outside) * old).sum((1, 2))
+
+    def change(self, arranged: Tensor) -> Tensor:
+        """Return D, (moves, 2M, out), of moves after which the channels of their two groups are `arranged`, (moves, 2M)."""
+        return self._removed_from(arranged) - _rows(self.removed, arranged)
+
+    def meeting(self, arranged: Tensor, change: Tensor) -> Tensor:
+        """Return by how much the errors of every two moves differ from their sum if both are made, (moves, moves)."""
+        channels, flat = arranged.flatten(), change.flatten(0, 1)
+        meeting = 2 * (flat @ flat.t()) * self.gram[channels][:, channels]
+        return meeting.view(len(arranged), arranged.shape[1], len(arranged), arranged.shape[1]).sum((1, 3))
+
+    def move(self, groups: Tensor, arranged: Tensor, change: Tensor) -> None:
+        """Take the groups after some moves, which change E by `change`."""
+        moved, flat = arranged.flatten(), change.flatten(0, 1)
+        self.removed.index_add_(0, moved, flat)
+        self.pull += self.gram.index_select(1, moved) @ flat
+        self.groups = groups
+
+    def _removed_from(self, channels: Tensor) -> Tensor:
+        """Return what the mask removes, (..., out), of channels that lie in groups of M."""
+        kept = nm_mask(-self.rank[channels.flatten()], self.pattern, dim=0)
+        return self.weight[channels.flatten()].masked_fill_(kept, 0.0).unflatten(0, channels.shape)
 
     def _candidate_errors(self, weight: Tensor, rank: Tensor, gram: Tensor, outside: Tensor) -> Tensor:
         """Return the error of every candidate of every pair, (pairs, candidates), less what no candidate changes."""
@@ -179,17 +213,52 @@ class Partition:
         torch.matmul(gram[:, None], new, out=pull)
         return pull.add_(outside[:, None], alpha=2).mul_(new).sum((2, 3))
 
-    def _compatible(self, gain: Tensor, change: Tensor, channels: Tensor, smallest_gain: float) -> Tensor:
-        """Choose moves, in the order given, that together lower the error: the changes of two pairs meet in the Gram matrix."""
-        size, flat = channels.shape[1], change.flatten(0, 1)
-        meeting = 2 * (flat @ flat.t()) * self.gram[channels.flatten()][:, channels.flatten()]
-        meeting = meeting.view(len(gain), size, len(gain), size).sum((1, 3)).double().cpu()
-        together, accepted = gain.double().cpu(), []
-        for move in range(len(gain)):
-            if together[move] > smallest_gain:
-                accepted.append(move)
-                together -= meeting[move]
-        return torch.tensor(accepted, dtype=torch.int64, device=gain.device)
+
+def propose(partitions: Sequence[Partition], pairs: Tensor) -> Moves:
+    """Find for every pair of groups, (pairs, 2), the re-partition that lowers the sum of the errors most.
+
+    Args:
+        partitions: of the same channels into the same groups.
+    """
+    weighed = zip(*(partition.weigh(pairs) for partition in partitions), strict=True)
+    return best_moves(pairs, [sum(values[1:], values[0]) for values in weighed])
+
+
+def best_moves(pairs: Tensor, weighed: Sequence[Tensor]) -> Moves:
+    """Choose the best candidate of every pair from what `Partition.weigh` says, summed over partitions."""
+    errors, old = weighed
+    error, candidate = errors.min(dim=1)
+    return Moves(pairs.to(error.device), old - error, candidate)
+
+
+def improve(partitions: Sequence[Partition], pairs: Tensor, smallest_gain: float) -> int:
+    """Re-partition the pairs of groups, (pairs, 2), for which the sum of the errors falls; return how many did.
+
+    Args:
+        partitions: of the same channels into the same groups.
+    """
+    moves = propose(partitions, pairs)
+    moves = moves[moves.gain.argsort(descending=True)]
+    moves = moves[moves.gain > smallest_gain]
+    groups = partitions[0].groups
+    arranged = _arranged(groups, moves)
+    changes = [partition.change(arranged) for partition in partitions]
+    meetings = [partition.meeting(arranged, change) for partition, change in zip(partitions, changes, strict=True)]
+    chosen = _compatible(moves.gain, sum(meetings[1:], meetings[0]), smallest_gain)
+    after = regrouped(groups, moves[chosen])
+    for partition, change in zip(partitions, changes, strict=True):
+        partition.move(after, arranged[chosen], change[chosen])
+    return len(chosen)
+
+
+def _compatible(gain: Tensor, meeting: Tensor, smallest_gain: float) -> Tensor:
+    """Choose moves, in the order given, that together lower the error: the changes of two pairs meet in the Gram matrix."""
+    meeting, together, accepted = meeting.double().cpu(), gain.double().cpu(), []
+    for move in range(len(gain)):
+        if together[move] > smallest_gain:
+            accepted.append(move)
+            together -= meeting[move]
+    return torch.tensor(accepted, dtype=torch.int64, device=gain.device)
 
 
 def regrouped(groups: Tensor, moves: Moves) -> Tensor:
@@ -199,9 +268,15 @@ def regrouped(groups: Tensor, moves: Moves) -> Tensor:
     return after
 
 
-def random_pairs(groups: int, generator: torch.Generator) -> Tensor:
-    """Pair groups off at random, (groups // 2, 2); of an odd number one is left out."""
-    return torch.randperm(groups, generator=generator)[: groups // 2 * 2].view(-1, 2)
+def random_pairs(channels: int, block: int | None, pattern: NMPattern, generator: torch.Generator) -> Tensor:
+    """Pair the groups of every block off at random, (pairs, 2); of an odd number of groups one is left out.
+
+    Args:
+        block: as for `search_permutation`.
+    """
+    inside = (block or channels) // pattern.group
+    firsts = range(0, channels // pattern.group, inside)
+    return torch.cat([torch.randperm(inside, generator=generator)[: inside // 2 * 2].view(-1, 2) + first for first in firsts])
 
 
 def _arranged(groups: Tensor, moves: Moves) -> Tensor:
@@ -234,9 +309,15 @@ def _contests(arrangement: list[int]) -> list[list[int]]:
     return [[places * rival + place for rival in rivals[place]] for place in range(places)]
 
 
-def _pairings(groups: int, generator: torch.Generator) -> list[Tensor]:
-    """Return a round-robin tournament: in every round each group meets another, in all rounds every other once."""
-    names = torch.randperm(groups, generator=generator)
+def _pairings(channels: int, block: int | None, pattern: NMPattern, generator: torch.Generator) -> list[Tensor]:
+    """Return a round-robin tournament: in every round each group meets another of its block, in all rounds every other once."""
+    inside = (block or channels) // pattern.group
+    tournaments = [_tournament(inside, first, generator) for first in range(0, channels // pattern.group, inside)]
+    return [torch.cat(rounds) for rounds in zip(*tournaments, strict=True)]
+
+
+def _tournament(groups: int, first: int, generator: torch.Generator) -> list[Tensor]:
+    names = torch.randperm(groups, generator=generator) + first
     ring = torch.arange(groups + groups % 2)
     rounds = []
     for _ in range(len(ring) - 1):

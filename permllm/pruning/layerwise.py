@@ -1,6 +1,6 @@
 """One-shot pruning of a whole model, layer by layer."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +10,8 @@ from permllm.calibration.capture import advance, capture_decoder_inputs, layer_s
 from permllm.calibration.statistics import LayerStats
 from permllm.models.adapter import ModelAdapter
 from permllm.models.checkpoint_files import CheckpointFiles
-from permllm.pruning.methods import LayerPermutations, PrunedLayer, PruningMethod, prune_group
+from permllm.pruning.methods import PrunedLayer, PruningMethod, prune_group
+from permllm.pruning.permutations import LayerPermutations
 from permllm.sparsity.pattern import NMPattern
 
 
@@ -55,7 +56,7 @@ def prune_in_parallel(
 
     Args:
         weights: of the target linears of each decoder layer, by path below it.
-        permutations: of each decoder layer, for a method that has learned them.
+        permutations: of each decoder layer, where they are known already: learned, or found for all layers together.
     """
     learned = None if permutations is None else iter(permutations)
     generator = torch.Generator().manual_seed(method.seed)
@@ -83,18 +84,24 @@ def checkpoint_weights(files: CheckpointFiles, adapter: ModelAdapter, layer_coun
 
 
 def prune_in_sequence(
-    model: nn.Module, adapter: ModelAdapter, tokens: Tensor, batch_size: int, pattern: NMPattern, method: PruningMethod
+    model: nn.Module,
+    adapter: ModelAdapter,
+    tokens: Tensor,
+    batch_size: int,
+    pattern: NMPattern,
+    method: PruningMethod,
+    permutations: Sequence[LayerPermutations] | None = None,
 ) -> Iterator[PrunedLayer]:
     """Prune every layer from what the pruned layers before it put out, as the papers of the methods do.
 
-    The model is pruned in place while this runs.
+    The model is pruned in place while this runs. `permutations` as for `prune_in_parallel`.
     """
     inputs = capture_decoder_inputs(model, adapter, tokens)
     generator = torch.Generator().manual_seed(method.seed)
     for index, layer in enumerate(adapter.layers(model)):
         stats = layer_statistics(layer, adapter, inputs, batch_size)
         weights = {path: linear.weight for path, linear in adapter.linears(layer).items()}
-        pruned = prune_layer(weights, adapter, stats, pattern, method, generator=generator)
+        pruned = prune_layer(weights, adapter, stats, pattern, method, permutations and permutations[index], generator)
         apply_layer(layer, pruned)
         advance(layer, inputs, batch_size, adapter.layer_path(index))
         yield pruned

@@ -9,16 +9,16 @@ from torch import Tensor
 from permllm.calibration.statistics import ActivationStats
 from permllm.lookup import lookup
 from permllm.models.adapter import is_finite
-from permllm.permutation.heuristic import heuristic_permutation
 from permllm.permutation.permutation import Permutation
-from permllm.permutation.search import search_permutation
+from permllm.permutation.search import Problem
+from permllm.pruning.layout import LAYOUTS
 from permllm.pruning.metrics import PRUNING_METRICS
+from permllm.pruning.permutations import PERMUTATIONS
 from permllm.pruning.sparsegpt import sparsegpt
 from permllm.sparsity.mask import nm_mask
 from permllm.sparsity.pattern import NMPattern
 
 UPDATES = {"sparsegpt": sparsegpt}
-SEARCH_SWEEPS = 1  # a second one lowers the output error further, but not the perplexity
 LEARNED_PERMUTATION = "lcp"
 
 
@@ -30,6 +30,7 @@ class PruningMethod:
         score: the pruning metric that masks and permutations go by.
         permutation: an entry of `PERMUTATIONS` (`identity`, `random`, `cp`, `search`), or `lcp` (learned).
         seed: of a random permutation and of the search.
+        layout: `free`, every linear group its own order, or `foldable`, orders that fold away; see `LAYOUTS`.
         update: what new values the kept weights get: None, or `sparsegpt`, which also chooses the masks.
 
     Raises:
@@ -40,10 +41,12 @@ class PruningMethod:
     permutation: str = "identity"
     update: str | None = None
     seed: int = 0
+    layout: str = "free"
 
     def __post_init__(self) -> None:
         lookup(PRUNING_METRICS, self.score, "score")
         lookup({**PERMUTATIONS, LEARNED_PERMUTATION: None}, self.permutation, "permutation")
+        lookup(LAYOUTS, self.layout, "layout")
         if self.update is not None:
             lookup(UPDATES, self.update, "weight update")
 
@@ -89,7 +92,6 @@ class PrunedGroup:
 
 
 PrunedLayer = dict[str, PrunedGroup]  # by the name of the linear group
-LayerPermutations = dict[str, Permutation]  # likewise
 
 
 def prune_group(
@@ -146,26 +148,7 @@ def find_permutation(
     if name == LEARNED_PERMUTATION:
         raise ValueError(f"permutation {name!r} has to be learned first; pass the permutation")
     weight, score = (torch.cat(list(tensors.values())) for tensors in (weights, scores))
-    return lookup(PERMUTATIONS, name, "permutation")(weight, score, stats.gram, pattern, generator)
-
-
-def _identity(weight: Tensor, score: Tensor, gram: Tensor, pattern: NMPattern, generator: torch.Generator) -> Permutation:
-    return Permutation.identity(weight.shape[1])
-
-
-def _random(weight: Tensor, score: Tensor, gram: Tensor, pattern: NMPattern, generator: torch.Generator) -> Permutation:
-    return Permutation.random(weight.shape[1], generator)
-
-
-def _heuristic(weight: Tensor, score: Tensor, gram: Tensor, pattern: NMPattern, generator: torch.Generator) -> Permutation:
-    return heuristic_permutation(score, pattern)
-
-
-def _search(weight: Tensor, score: Tensor, gram: Tensor, pattern: NMPattern, generator: torch.Generator) -> Permutation:
-    return search_permutation(weight, score, gram, pattern, heuristic_permutation(score, pattern), SEARCH_SWEEPS, generator)
-
-
-PERMUTATIONS = {"identity": _identity, "random": _random, "cp": _heuristic, "search": _search}
+    return lookup(PERMUTATIONS, name, "permutation")([Problem(weight, score, stats.gram)], pattern, None, generator)
 
 
 def _permuted_mask(score: Tensor, permutation: Permutation, pattern: NMPattern) -> Tensor:

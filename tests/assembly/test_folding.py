@@ -3,7 +3,8 @@ from functools import partial
 import pytest
 import torch
 
-from permllm.assembly.folding import Heads, fold, fold_model
+from permllm.assembly.folding import fold, fold_model
+from permllm.models.adapter import Heads
 from permllm.models.families import adapter_of
 from permllm.permutation.permutation import Permutation
 

@@ -7,6 +7,7 @@ from permllm.lcp.group_permutations import LearnedGroups
 from permllm.lcp.recipes import LearnConfig
 from permllm.permutation.permutation import Permutation
 from permllm.permutation.sinkhorn import sinkhorn
+from permllm.pruning.layout import Member, SharedOrder
 from permllm.sparsity.pattern import NMPattern
 
 PATTERN, WIDTHS = NMPattern(2, 4), {"attention_in": 32, "mlp_in": 32, "mlp_out": 48}
@@ -17,13 +18,18 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
+def own_orders(starts):
+    return [SharedOrder((Member(index, name),), len(start)) for index, layer in enumerate(starts) for name, start in layer.items()]
+
+
 def random_starts(layers=2, seed=0):
     shared = generator(seed)
     return [{name: Permutation.random(width, shared) for name, width in WIDTHS.items()} for _ in range(layers)]
 
 
 def make_groups(starts=None, seed=0, **settings):
-    return LearnedGroups(starts or random_starts(), PATTERN, LearnConfig(**{**vars(CONFIG), **settings}), generator(seed), torch.device("cpu"))
+    starts = starts or random_starts()
+    return LearnedGroups(starts, own_orders(starts), PATTERN, LearnConfig(**{**vars(CONFIG), **settings}), generator(seed), torch.device("cpu"))
 
 
 def all_members(groups):
@@ -172,6 +178,6 @@ def test_the_state_holds_the_logits_and_nothing_else():
 
 
 def test_no_groups_are_no_problem():
-    groups = LearnedGroups([], PATTERN, CONFIG, generator(), torch.device("cpu"))
+    groups = LearnedGroups([], [], PATTERN, CONFIG, generator(), torch.device("cpu"))
     groups.update(1.0, hard=True)
     assert groups.permutations() == []

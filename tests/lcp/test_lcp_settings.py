@@ -77,6 +77,7 @@ def test_terms_of_both_objectives_are_checked():
             {"optimizer": "guided", "gumbel": 0.5, "estimator": "soft", "rank": 8, "logits": "identity"},
             "guided does not use logits, rank, estimator, gumbel;",
         ),
+        ({"layout": "foldable", "window": 2}, "layout foldable shares an order between all layers, so they learn together: window"),
         ({"optimizer": "guided", "norm": "sign"}, "optimizer guided does not use norm"),
         ({"optimizer": "scion", "weight_decay": 0.2}, "optimizer scion does not use weight_decay"),
         ({"moves": 0.1, "radius": 2.0}, "optimizer adamw does not use moves, radius"),

@@ -5,6 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 
+from permllm.assembly.folding import fold
 from permllm.calibration.capture import dense_statistics
 from permllm.calibration.samples import CalibrationSet
 from permllm.lcp import group_permutations, trainer
@@ -12,11 +13,13 @@ from permllm.lcp.guided import GuidedGroups
 from permllm.lcp.masked_linear import MaskedLinear
 from permllm.lcp.objective import HIDDEN_OBJECTIVES, LOGIT_OBJECTIVES, NextTokens, cosine_distance
 from permllm.lcp.trainer import LearningError, find_starts, learn_permutations
+from permllm.models.adapter import Heads
 from permllm.models.families import adapter_of
 from permllm.permutation.heuristic import heuristic_permutation
 from permllm.pruning.layerwise import apply_layer, model_weights, prune_in_parallel
-from permllm.pruning.methods import PERMUTATIONS, PruningMethod
+from permllm.pruning.methods import PruningMethod
 from permllm.pruning.metrics import PRUNING_METRICS
+from permllm.pruning.permutations import PERMUTATIONS
 from permllm.sparsity.pattern import NMPattern
 
 PATTERN = NMPattern(2, 4)
@@ -130,6 +133,19 @@ def test_every_family_learns(learn, measure, settings):
     result = learn(**settings, epochs=2)
     assert result.best.held_out_loss <= result.start.held_out_loss
     assert measure(result, **settings) == pytest.approx(result.best.held_out_loss, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"learning_rate": 0.5}, {"estimator": "soft"}, {"logits": "uniform", "block_size": 8}, GUIDED],
+    ids=["hard", "soft", "uniform", "guided"],
+)
+def test_a_foldable_layout_learns_orders_that_fold(learn, measure, model, adapter, settings):
+    result = learn(**settings, layout="foldable", epochs=2)
+    assert result.best.held_out_loss <= result.start.held_out_loss
+    assert measure(result, **settings, layout="foldable") == pytest.approx(result.best.held_out_loss, rel=1e-4)
+    folding = fold(adapter, Heads.of(model.config), result.permutations, [name for name, _ in model.named_parameters()])
+    assert folding.is_complete
 
 
 @pytest.mark.parametrize("family", ["llama"], indirect=True)

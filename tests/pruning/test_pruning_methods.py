@@ -8,8 +8,9 @@ import torch
 from permllm.calibration.statistics import ActivationStats
 from permllm.permutation.heuristic import heuristic_permutation
 from permllm.permutation.permutation import Permutation
-from permllm.pruning.methods import PERMUTATIONS, PrunedLinear, PruningMethod, find_permutation, prune_group
+from permllm.pruning.methods import PrunedLinear, PruningMethod, find_permutation, prune_group
 from permllm.pruning.metrics import PRUNING_METRICS, wanda
+from permllm.pruning.permutations import PERMUTATIONS
 from permllm.pruning.sparsegpt import sparsegpt
 from permllm.sparsity.mask import is_nm_sparse, nm_mask
 from permllm.sparsity.pattern import NMPattern
