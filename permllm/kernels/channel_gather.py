@@ -2,12 +2,17 @@
 
 from torch import Tensor
 
+from permllm.kernels.availability import triton_serves
 from permllm.permutation.permutation import Permutation
 
 
 def gather_channels(x: Tensor, permutation: Permutation) -> Tensor:
-    """Reorder the channels of (tokens, channels) activations by a gather: one read and one write of each value."""
-    return permutation.apply(x)
+    """Reorder the channels of (..., channels) activations by a gather: one read and one write of each value."""
+    if not triton_serves(x) or not x.numel():
+        return permutation.apply(x)
+    from permllm.kernels import triton_kernels
+
+    return triton_kernels.gather(x.reshape(-1, len(permutation)), permutation.order.to(x.device)).view(x.shape)
 
 
 def multiply_by_matrix(x: Tensor, matrix: Tensor) -> Tensor:
