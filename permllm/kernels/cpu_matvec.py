@@ -125,16 +125,31 @@ def _choose(instruction_set: str | None, dtype: torch.dtype) -> str:
 
 
 def _run(x: Tensor, values: Tensor, bits: Tensor | None, bias: Tensor | None, instruction_set: str) -> Tensor:
-    """Call the kernel, which wants contiguous tensors."""
+    """Call the kernel, which wants contiguous tensors. Written for speed: in a small layer this takes longer than the product."""
     library, _ = _library()
     x, values = x.contiguous(), values.contiguous()
-    bits, bias = (None if tensor is None else tensor.contiguous() for tensor in (bits, bias))
-    in_channels, out_channels = x.shape[-1], len(values)
-    y = x.new_empty(*x.shape[:-1], out_channels)
-    pointers = (None if tensor is None else tensor.data_ptr() for tensor in (x, values, bits, bias, y))
-    sizes = (x.numel() // in_channels, out_channels, in_channels, values.shape[1])
-    if library.matvec(instruction_set.encode(), TYPES[x.dtype], _parallel(), torch.get_num_threads(), *pointers, *sizes):
-        raise RuntimeError(f"{library._name} has no {instruction_set} for {x.dtype}")
+    bits = None if bits is None else bits.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    out_channels, row_values = values.shape
+    *batch, in_channels = x.shape
+    y = x.new_empty((*batch, out_channels))
+    failed = library.matvec(
+        instruction_set.encode(),
+        TYPES[x.dtype],
+        _parallel(),
+        torch.get_num_threads(),
+        x.data_ptr(),
+        values.data_ptr(),
+        None if bits is None else bits.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        y.data_ptr(),
+        x.numel() // in_channels,
+        out_channels,
+        in_channels,
+        row_values,
+    )
+    if failed:
+        raise RuntimeError(f"the CPU kernel has no {instruction_set} for {x.dtype}")
     return y
 
 
