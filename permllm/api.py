@@ -1,10 +1,11 @@
-"""Prune a loaded model in one call, in a notebook or a script, without the pipeline."""
+"""Prune a loaded model, and load a packed one, in one call: in a notebook or a script, without the pipeline."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from permllm.assembly.packed_model import load
 from permllm.calibration.capture import dense_statistics
 from permllm.calibration.samples import draw_windows, tokenize
 from permllm.lcp.recipes import LearnConfig
@@ -19,6 +20,8 @@ from permllm.sparsity.pattern import NMPattern
 
 if TYPE_CHECKING:  # slow to import
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["PruneResult", "load", "prune"]
 
 LONGEST_DEFAULT = 1024
 
