@@ -1,14 +1,14 @@
 """N:M sparse language models with learnable channel permutations.
 
-`permllm.prune` prunes a loaded model in one call; the packages below it hold the parts.
+`permllm.prune` prunes a loaded model in one call, `permllm.load` loads a packed checkpoint; the packages below hold the parts.
 """
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from permllm.api import PruneResult, prune
+    from permllm.api import PruneResult, load, prune
 
-__all__ = ["PruneResult", "prune"]
+__all__ = ["PruneResult", "load", "prune"]
 
 
 def __getattr__(name: str) -> Any:

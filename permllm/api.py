@@ -1,4 +1,4 @@
-"""Prune a loaded model in one call, in a notebook or a script, without the pipeline."""
+"""Prune a loaded model, and load a packed one, in one call: in a notebook or a script, without the pipeline."""
 
 import math
 from collections.abc import Sequence
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from permllm.assembly.packed_model import load
 from permllm.calibration.capture import dense_statistics
 from permllm.calibration.samples import draw_windows, tokenize
 from permllm.lcp.recipes import LearnConfig
@@ -22,6 +23,8 @@ from permllm.sparsity.pattern import NMPattern
 
 if TYPE_CHECKING:  # slow to import
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["PruneResult", "load", "prune"]
 
 LONGEST_DEFAULT = 1024
 

@@ -131,6 +131,12 @@ def fingerprint(parts: Iterable[Any]) -> str:
     return digest.hexdigest()[:16]
 
 
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file, 64 hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def source_fingerprint(*packages: str) -> str:
     """Return a hash of the source files of some packages below `permllm`: results of other code are not taken up."""
     root = Path(__file__).parent
@@ -169,3 +175,21 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
         folder.rename(old)
     partial.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def creating_folder(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder that becomes `folder` when the body succeeds, and vanishes when it fails.
+
+    Raises:
+        ValueError: if there is something of that name already, other than an empty folder.
+    """
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise ValueError(f"{folder} exists and is not an empty folder; give another name, or remove it first")
+    partial = folder.absolute().with_name(f".{folder.absolute().name}.{os.getpid()}.partial")
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        partial.rename(folder)  # takes the place of an empty folder, never of one that was filled meanwhile
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

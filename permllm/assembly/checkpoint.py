@@ -1,8 +1,8 @@
 """Write the masked checkpoint: stock format, zeros in the original channel order, exact in any runtime.
 
 The weight files are copied one by one with the target tensors replaced, then read back and checked. Beside them a
-folder `permllm/` holds the channel orders, the packed masks and a manifest; other loaders ignore it, and
-`config.json` is copied as it is.
+folder `permllm/` holds the channel orders, the packed masks, a hash of every tensor and a manifest; other loaders ignore
+it, and `config.json` is copied as it is.
 """
 
 import functools
@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from permllm.artifacts import StaleArtifactError, need_disk, write_json, write_manifest, write_tensors
+from permllm.artifacts import StaleArtifactError, fingerprint, need_disk, write_json, write_manifest, write_tensors
 from permllm.models.adapter import ModelAdapter
 from permllm.models.checkpoint_files import PICKLE_INDEX, SAFETENSORS, SAFETENSORS_INDEX, CheckpointFiles
 from permllm.permutation.permutation import Permutation
@@ -23,7 +23,7 @@ from permllm.sparsity.mask import is_nm_sparse
 from permllm.sparsity.pattern import NMPattern
 
 KIND = "assemble"
-RECORD_FOLDER = "permllm"
+RECORD_FOLDER, PERMUTATIONS, MASKS, HASHES = "permllm", "permutations.safetensors", "masks.safetensors", "hashes.json"
 
 
 class VerificationError(RuntimeError):
@@ -51,10 +51,10 @@ def write_masked_checkpoint(source: Path, adapter: ModelAdapter, pruning: SavedP
         raise StaleArtifactError(f"{pruning.folder} was made from another model than {source}; run the prune or learn stage again")
     need_disk(folder, files.total_bytes() * 5 // 4)
     folder.mkdir(parents=True, exist_ok=True)
-    _copy_small_files(source, folder)
-    written = _write_shards(files, _Targets(files, adapter, pruning), folder)
+    copy_small_files(source, folder)
+    written, hashes = _write_shards(files, _Targets(files, adapter, pruning), folder)
     zeros = _verify(files, CheckpointFiles.find(folder), _Targets(files, adapter, pruning), NMPattern.parse(pruning.manifest["pattern"]))
-    _write_record(folder / RECORD_FOLDER, pruning)
+    _write_record(folder / RECORD_FOLDER, pruning, hashes)
     return {"bytes": written, "zeros": zeros}
 
 
@@ -82,15 +82,18 @@ class _Targets:
         return group.linears[path], group.permutation
 
 
-def _copy_small_files(source: Path, folder: Path) -> None:
+def copy_small_files(source: Path, folder: Path) -> None:
+    """Copy configuration, tokenizer and what else lies beside the weights of a checkpoint."""
     for path in sorted(source.iterdir()):
         is_weights = path.suffix in (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack") or path.name in (SAFETENSORS_INDEX, PICKLE_INDEX)
         if path.is_file() and not is_weights:
             shutil.copyfile(path, folder / path.name)
 
 
-def _write_shards(files: CheckpointFiles, targets: _Targets, folder: Path) -> int:
+def _write_shards(files: CheckpointFiles, targets: _Targets, folder: Path) -> tuple[int, dict[str, str]]:
+    """Return the bytes of all tensors, and the fingerprint of each."""
     weight_map: dict[str, str] = {}
+    hashes: dict[str, str] = {}
     total = 0
     for shard in files.shards:
         name = SAFETENSORS if len(files.shards) == 1 else Path(shard).with_suffix(".safetensors").name
@@ -100,10 +103,11 @@ def _write_shards(files: CheckpointFiles, targets: _Targets, folder: Path) -> in
         }
         write_tensors(folder / name, tensors, {"format": "pt"})
         weight_map |= dict.fromkeys(tensors, name)
+        hashes |= {tensor_name: fingerprint([tensor]) for tensor_name, tensor in tensors.items()}
         total += sum(tensor.nbytes for tensor in tensors.values())
     if len(files.shards) > 1:
         write_json(folder / SAFETENSORS_INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    return total
+    return total, hashes
 
 
 def _verify(source: CheckpointFiles, written: CheckpointFiles, targets: _Targets, pattern: NMPattern) -> int:
@@ -131,14 +135,15 @@ def _verify(source: CheckpointFiles, written: CheckpointFiles, targets: _Targets
     return zeros
 
 
-def _write_record(folder: Path, pruning: SavedPruning) -> None:
+def _write_record(folder: Path, pruning: SavedPruning, hashes: dict[str, str]) -> None:
     orders: dict[str, Tensor] = {}
     masks: dict[str, Tensor] = {}
     for index, layer in enumerate(pruning):
         for name, group in layer.items():
             orders[f"{index}.{name}"] = group.permutation.order.int()
             masks |= {f"{index}.{path}": pack_mask(linear.mask) for path, linear in group.linears.items()}
-    write_tensors(folder / "permutations.safetensors", orders)
-    write_tensors(folder / "masks.safetensors", masks)
+    write_tensors(folder / PERMUTATIONS, orders)
+    write_tensors(folder / MASKS, masks)
+    write_json(folder / HASHES, hashes)
     record = {name: value for name, value in pruning.manifest.items() if name not in ("kind", "format", "versions")}
     write_manifest(folder, KIND, record)

@@ -1,0 +1,194 @@
+"""Read a pruned checkpoint back: its tensors, and the record beside them of the orders in which they are N:M."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from permllm.artifacts import read_manifest, read_tensors
+from permllm.assembly.checkpoint import HASHES, KIND, MASKS, PERMUTATIONS, RECORD_FOLDER
+from permllm.assembly.folding import Folding, fold
+from permllm.models.adapter import Heads, ModelAdapter
+from permllm.models.checkpoint_files import CheckpointFiles
+from permllm.models.families import adapter_of
+from permllm.models.loading import ModelSource, load_skeleton
+from permllm.models.parameter_names import parameters_filled
+from permllm.permutation.permutation import Permutation
+from permllm.pruning.permutations import LayerPermutations
+from permllm.sparsity.pattern import NMPattern
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+MASKED, FOLDED = "masked", "folded"
+FOREIGN_ENTRIES = ("sparsity_config", "quantization_config", "compression_config")
+
+
+@dataclass(frozen=True)
+class PruningRecord:
+    """What the folder `permllm/` beside a pruned checkpoint says.
+
+    Attributes:
+        orders: of every linear group, by decoder layer: those that its masks were chosen in.
+        layout: `masked`, the weights lie in their original order; or `folded`, they lie in `orders`. The manifest's
+            entry of that name; masked where there is none.
+        hashes: the fingerprint of every tensor, by its name in the checkpoint; empty if none were recorded.
+        manifest: all that it says.
+    """
+
+    pattern: NMPattern
+    orders: tuple[LayerPermutations, ...]
+    layout: str = MASKED
+    hashes: Mapping[str, str] = field(default_factory=dict)
+    manifest: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, folder: Path) -> "PruningRecord":
+        """Read the record of a checkpoint's folder.
+
+        Raises:
+            ValueError: if there is none, or it is not complete.
+        """
+        if not (folder / RECORD_FOLDER).is_dir():
+            raise ValueError(
+                f"{folder} has no record {RECORD_FOLDER}/ of its channel orders: `permllm assemble` writes it; "
+                "if the weights are N:M in the order in which they lie, name the pattern"
+            )
+        manifest = read_manifest(folder / RECORD_FOLDER, KIND)
+        tensors = read_tensors(folder / RECORD_FOLDER / PERMUTATIONS)
+        try:
+            orders = tuple({name: Permutation(tensors[f"{index}.{name}"].long()) for name in layer} for index, layer in enumerate(manifest["groups"]))
+        except KeyError as error:
+            raise ValueError(f"the record {folder / RECORD_FOLDER} is damaged: it lacks {error}; run the assemble stage again") from error
+        hashes = folder / RECORD_FOLDER / HASHES
+        return cls(
+            NMPattern.parse(manifest["pattern"]),
+            orders,
+            manifest.get("layout", MASKED),
+            json.loads(hashes.read_text()) if hashes.is_file() else {},
+            manifest,
+        )
+
+    @classmethod
+    def in_place(cls, pattern: NMPattern, adapter: ModelAdapter, model: "PreTrainedModel") -> "PruningRecord":
+        """Return the record of a model whose weights are N:M as they lie."""
+        widths = adapter.widths(model)
+        layers = range(len(adapter.layers(model)))
+        groups = adapter.linear_groups.items()
+        return cls(
+            pattern, tuple({name: Permutation.identity(widths[adapter.path(index, group.readers[0])]) for name, group in groups} for index in layers)
+        )
+
+    def stored_orders(self) -> tuple[LayerPermutations, ...]:
+        """Return the orders in which the tensors, as they lie, are N:M."""
+        if self.layout == MASKED:
+            return self.orders
+        return tuple({name: Permutation.identity(len(order)) for name, order in layer.items()} for layer in self.orders)
+
+    def check(self, adapter: ModelAdapter, model: "PreTrainedModel") -> None:
+        """Refuse a record that is not of a model.
+
+        Raises:
+            ValueError: naming every linear group whose order is missing, unknown or of another width.
+        """
+        widths = adapter.widths(model)
+        needed = {
+            (index, name): widths[adapter.path(index, group.readers[0])]
+            for index in range(len(adapter.layers(model)))
+            for name, group in adapter.linear_groups.items()
+        }
+        found = {(index, name): len(order) for index, layer in enumerate(self.orders) for name, order in layer.items()}
+        misfits = [
+            f"{adapter.layer_path(index)} {name} has {found.get((index, name), 'no')} channels, not {needed.get((index, name), 'any')}"
+            for index, name in sorted(found.keys() | needed.keys())
+            if found.get((index, name)) != needed.get((index, name))
+        ]
+        if misfits:
+            raise ValueError(f"the record is of another model than {type(model).__name__}: {'; '.join(misfits)}")
+
+
+@dataclass(frozen=True)
+class PrunedCheckpoint:
+    """A pruned checkpoint in stock format.
+
+    Attributes:
+        model: without weights, on the meta device.
+        parameters: which parameter each tensor fills; None for tensors that the model does not read.
+    """
+
+    files: CheckpointFiles
+    model: "PreTrainedModel"
+    adapter: ModelAdapter
+    record: PruningRecord
+    parameters: dict[str, str | None]
+
+    @classmethod
+    def open(cls, folder: Path, pattern: NMPattern | None = None) -> "PrunedCheckpoint":
+        """Open a checkpoint.
+
+        Args:
+            pattern: of a checkpoint without a record, whose weights are N:M as they lie.
+
+        Raises:
+            ValueError: if there is neither a record nor a pattern, they contradict each other, or tensors, record
+                and configuration do not fit each other.
+        """
+        files, model = CheckpointFiles.find(folder), load_skeleton(ModelSource(str(folder)))
+        adapter = adapter_of(model)
+        has_record = (folder / RECORD_FOLDER).is_dir()
+        record = PruningRecord.in_place(pattern, adapter, model) if pattern and not has_record else PruningRecord.read(folder)
+        if pattern and pattern != record.pattern:
+            raise ValueError(f"{folder} is recorded as {record.pattern}, not {pattern}; leave the pattern out")
+        record.check(adapter, model)
+        record.pattern.check_widths(adapter.widths(model))
+        parameters = parameters_filled(model, files.names())
+        _check_tied(files, model, parameters)
+        return cls(files, model, adapter, record, parameters)
+
+    def targets(self) -> dict[str, tuple[int, str, str]]:
+        """Return decoder layer, linear group and path of every pruned tensor, by the tensor's name."""
+        return target_places(self.adapter, len(self.record.orders), self.parameters)
+
+    def folding(self) -> Folding:
+        """Return what of the stored orders can be folded, and what has to be gathered."""
+        parameters = [name for name in self.parameters.values() if name is not None]
+        return fold(self.adapter, Heads.of(self.model.config), self.record.stored_orders(), parameters)
+
+
+def _check_tied(files: CheckpointFiles, model: "PreTrainedModel", parameters: Mapping[str, str | None]) -> None:
+    """Refuse a checkpoint that stores two different tensors for parameters that the model ties."""
+    tensors = {parameter: name for name, parameter in parameters.items() if parameter is not None}
+    for target, origin in model.all_tied_weights_keys.items():
+        if target in tensors and origin in tensors:
+            found = files.read([tensors[target], tensors[origin]])
+            if not torch.equal(*found.values()):
+                raise ValueError(
+                    f"config.json ties {' and '.join(found)}, but the checkpoint stores different values; set tie_word_embeddings: false"
+                )
+
+
+def target_places(adapter: ModelAdapter, layers: int, parameters: Mapping[str, str | None]) -> dict[str, tuple[int, str, str]]:
+    """Return decoder layer, linear group and path below the layer of every pruned tensor, by the tensor's name."""
+    places = {
+        f"{adapter.path(index, path)}.weight": (index, name, path)
+        for index in range(layers)
+        for name, group in adapter.linear_groups.items()
+        for path in group.readers
+    }
+    return {tensor: places[parameter] for tensor, parameter in parameters.items() if parameter in places}
+
+
+def read_masks(folder: Path) -> dict[str, Tensor]:
+    """Return the packed masks of a checkpoint's record by `<layer>.<path>`; none if it has no record of them."""
+    path = folder / RECORD_FOLDER / MASKS
+    return read_tensors(path) if path.is_file() else {}
+
+
+def foreign_entries(folder: Path) -> list[str]:
+    """Return the entries of `config.json` that stop other loaders: a claim of sparsity or quantization."""
+    config = json.loads((folder / "config.json").read_text())
+    return [name for name in FOREIGN_ENTRIES if name in config]

@@ -1,0 +1,35 @@
+"""Which parameter of a model a tensor of a checkpoint fills: checkpoints leave out prefixes, and hold buffers of old versions."""
+
+import re
+from collections.abc import Collection
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+IGNORED = (r"rotary_emb\.inv_freq$", r"position_ids$")  # models compute them by themselves, whatever the checkpoint says
+
+
+def parameters_filled(model: "PreTrainedModel", tensors: Collection[str]) -> dict[str, str | None]:
+    """Return the full name of the parameter that each tensor fills; None for tensors that the model does not read.
+
+    Args:
+        model: its shapes are enough (the meta device).
+        tensors: names in the checkpoint.
+
+    Raises:
+        ValueError: naming every tensor that has no place in the model, and every parameter that none fills.
+    """
+    places, ignored = set(model.state_dict()), (*IGNORED, *(model._keys_to_ignore_on_load_unexpected or ()))
+    filled: dict[str, str | None] = {}
+    problems = []
+    for name in tensors:
+        place = next((place for place in (name, f"{model.base_model_prefix}.{name}") if place in places), None)
+        if place is None and not any(re.search(pattern, name) for pattern in ignored):
+            problems.append(f"{name} has no place in the model")
+        filled[name] = place
+    needed = dict([*model.named_parameters(), *model.named_buffers()])  # of tied parameters one name
+    problems += [f"{name} is missing" for name in sorted((set(needed) & places) - set(filled.values()))]
+    if problems:
+        raise ValueError(f"the tensors do not fit {type(model).__name__}: {'; '.join(problems)}; fetch or write the checkpoint again")
+    return filled
