@@ -1,11 +1,17 @@
-"""Stage `assemble`: write the pruned model as a stock checkpoint, with its permutations and masks beside it."""
+"""Stage `assemble`: write the pruned model as a stock checkpoint, with its permutations and masks beside it.
 
+Under the layout `foldable` its orders are folded away: the checkpoint is N:M as it lies.
+"""
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from flows.paths import Setting
 from flows.stage import run_stage
 from permllm.artifacts import replacing_folder
 from permllm.assembly.checkpoint import write_masked_checkpoint
+from permllm.assembly.folded import write_folded_checkpoint
 from permllm.models.loading import load_adapter
 from permllm.params import Params
 from permllm.pruning.storage import load_pruning
@@ -17,7 +23,11 @@ def assemble(params: Params, setting: Setting) -> dict[str, Any]:
     pruning = load_pruning(setting.path("prune"))
     adapter = load_adapter(source)
     with replacing_folder(setting.path("assemble")) as folder:
-        return write_masked_checkpoint(source.folder(), adapter, pruning, folder)
+        if pruning.manifest["method_settings"]["layout"] == "free":
+            return write_masked_checkpoint(source.folder(), adapter, pruning, folder)
+        with TemporaryDirectory(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent) as masked:
+            written = write_masked_checkpoint(source.folder(), adapter, pruning, Path(masked))
+            return {**written, **write_folded_checkpoint(Path(masked), folder)}
 
 
 def main(argv: list[str] | None = None) -> None:

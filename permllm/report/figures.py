@@ -47,13 +47,14 @@ def ablation_figure(records: Sequence[Mapping[str, Any]]) -> Figure:
         around = f", around {record['around']}" if record["around"] else ""
         title = f"{record['model']}, {record['sparsity']}, {record['score']}{around}"
         name = (record["change"] or f"({record['around']})") if record["around"] else record["recipe"]
+        name += f", {record['layout']}" if record["layout"] != "free" else ""
         panels.setdefault(title, {}).setdefault(name, []).append(100 * record["gap_closed"])
     heights = [len(rows) for rows in panels.values()]
     figure = Figure(figsize=(9, 0.28 * sum(heights) + 0.7 * len(panels) + 0.4), dpi=DPI, layout="constrained")
     axes_of_panels = figure.subplots(len(panels), 1, squeeze=False, sharex=True, gridspec_kw={"height_ratios": heights})[:, 0]
     for axes, (title, rows) in zip(axes_of_panels, panels.items(), strict=True):
         means = {name: sum(closed) / len(closed) for name, closed in rows.items()}
-        colors = [BLUE if name in ("best", "(best)") else ORANGE if name in ("paper", "(paper)") else "#a9c5d6" for name in means]
+        colors = [BLUE if name.split(",")[0] in ("best", "(best)") else ORANGE if name.split(",")[0] in ("paper", "(paper)") else "#a9c5d6" for name in means]
         axes.barh(list(means), list(means.values()), color=colors)
         for name, closed in rows.items():
             axes.plot(closed, [name] * len(closed), ".", color=GREY, markersize=4)

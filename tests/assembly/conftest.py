@@ -9,9 +9,11 @@ from transformers import AutoModelForCausalLM
 
 from permllm.assembly.checkpoint import write_masked_checkpoint
 from permllm.calibration.capture import dense_statistics
+from permllm.models.adapter import Heads
 from permllm.models.checkpoint_files import CheckpointFiles
 from permllm.models.families import adapter_of
 from permllm.pruning.layerwise import model_weights, prune_in_parallel
+from permllm.pruning.layout import find_permutations
 from permllm.pruning.methods import PruningMethod
 from permllm.pruning.storage import load_pruning, save_pruning
 from permllm.sparsity.pattern import NMPattern
@@ -25,7 +27,15 @@ def write_masked(tiny_model, tiny_tokenizer, draw_tokens) -> Callable[..., Path]
     """
 
     def write(
-        folder: Path, family: str, pattern: str = "2:4", dtype=torch.float32, permutation: str = "cp", update=None, shard: str = "5GB", **config
+        folder: Path,
+        family: str,
+        pattern: str = "2:4",
+        dtype=torch.float32,
+        permutation: str = "cp",
+        update=None,
+        shard: str = "5GB",
+        layout: str = "free",
+        **config,
     ) -> Path:
         dense, pruning, masked = folder / "dense", folder / "pruning", folder / "masked"
         tiny_model(family, **config).to(dtype).save_pretrained(dense, max_shard_size=shard)
@@ -33,7 +43,9 @@ def write_masked(tiny_model, tiny_tokenizer, draw_tokens) -> Callable[..., Path]
         model = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)
         adapter, method = adapter_of(model), PruningMethod("wanda", permutation, update)
         statistics = list(dense_statistics(model, adapter, draw_tokens(4, 16), 2))
-        layers = prune_in_parallel(model_weights(model, adapter), adapter, statistics, NMPattern.parse(pattern), method)
+        weights, generator, parsed = list(model_weights(model, adapter)), torch.Generator().manual_seed(0), NMPattern.parse(pattern)
+        orders = find_permutations(layout, permutation, "wanda", weights, adapter, Heads.of(model.config), statistics, parsed, generator)
+        layers = prune_in_parallel(weights, adapter, statistics, parsed, method, orders)
         pruning.mkdir()
         fingerprint = CheckpointFiles.find(dense).fingerprint()
         save_pruning(pruning, layers, {"model_fingerprint": fingerprint, "pattern": pattern, "method_settings": vars(method), "seed": 0})

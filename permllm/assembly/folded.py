@@ -1,0 +1,98 @@
+"""Write the folded checkpoint: stock architecture, N:M in memory, nothing to permute at run time."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from permllm.artifacts import creating_folder, fingerprint, need_disk, read_manifest, write_json, write_manifest, write_tensors
+from permllm.assembly.checkpoint import HASHES, KIND, MASKS, PERMUTATIONS, RECORD_FOLDER, VerificationError, copy_small_files
+from permllm.assembly.folding import Folding, fold_model
+from permllm.assembly.record import FOLDED, PrunedCheckpoint
+from permllm.models.checkpoint_files import SAFETENSORS_INDEX, CheckpointFiles
+from permllm.models.loading import ModelSource, load_model
+from permllm.sparsity.mask import is_nm_sparse
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+GATE_TOKENS = (2, 64)  # sequences and their length
+GATE_TOLERANCE = 1e-3  # of the largest logit, in float32: sums are taken in another order
+
+
+def write_folded_checkpoint(masked: Path, folder: Path) -> dict[str, float]:
+    """Fold the channel orders of a masked checkpoint into its weights, after proving that its logits stay.
+
+    Args:
+        masked: a masked checkpoint with its record, pruned under the `foldable` layout.
+        folder: where to write; must not exist or be empty.
+
+    Returns:
+        `bytes` of the weight files, and `folding_error`, the largest change of a logit relative to the largest logit.
+
+    Raises:
+        ValueError: if an order would have to be gathered at run time: naming all such linear groups.
+        VerificationError: if the logits change, or what was read back is not what was meant. Nothing is written.
+        OSError: if the disk has no room.
+    """
+    files = CheckpointFiles.find(masked)
+    checkpoint = PrunedCheckpoint.open(masked)
+    folding = checkpoint.folding()
+    if not folding.is_complete:
+        left = [f"{checkpoint.adapter.layer_path(index)} {name}" for index, layer in enumerate(folding.gathers) for name in layer]
+        raise ValueError(f"{masked} cannot be folded: {', '.join(left)} would have to be gathered at run time; prune it under layout foldable")
+    error = folding_error(load_model(ModelSource(str(masked), dtype="float32", device="cpu")), folding)
+    if not error <= GATE_TOLERANCE:
+        raise VerificationError(f"folding {masked} would change its logits by {error:.2g} of the largest one; at most {GATE_TOLERANCE:g} is rounding")
+    with creating_folder(folder) as partial:
+        need_disk(folder, files.total_bytes() * 5 // 4)
+        copy_small_files(masked, partial)
+        written = _write_shards(files, checkpoint, folding, partial)
+        _verify(files, CheckpointFiles.find(partial), checkpoint, folding)
+    return {"bytes": written, "folding_error": error}
+
+
+@torch.no_grad()
+def folding_error(model: "PreTrainedModel", folding: Folding) -> float:
+    """Return by how much folding changes a logit at most, relative to the largest one, on random tokens.
+
+    Args:
+        model: in float32; folded on return.
+    """
+    tokens = torch.randint(model.config.vocab_size, GATE_TOKENS, generator=torch.Generator().manual_seed(0)).to(model.device)
+    before = model(tokens, use_cache=False).logits
+    fold_model(model, folding)
+    return float((model(tokens, use_cache=False).logits - before).abs().max() / before.abs().max())
+
+
+def _write_shards(files: CheckpointFiles, checkpoint: PrunedCheckpoint, folding: Folding, folder: Path) -> int:
+    hashes: dict[str, str] = {}
+    total = 0
+    for shard in files.shards:
+        tensors = {name: folding.apply(checkpoint.parameters[name], tensor) for name, tensor in files.shard_tensors(shard)}
+        write_tensors(folder / shard, tensors, {"format": "pt"})
+        hashes |= {name: fingerprint([tensor]) for name, tensor in tensors.items()}
+        total += sum(tensor.nbytes for tensor in tensors.values())
+    if len(files.shards) > 1:
+        (folder / SAFETENSORS_INDEX).write_bytes((files.folder / SAFETENSORS_INDEX).read_bytes())
+    record, before = folder / RECORD_FOLDER, files.folder / RECORD_FOLDER
+    record.mkdir()
+    for name in (PERMUTATIONS, MASKS):  # both in the original channel order, as for a masked checkpoint
+        (record / name).write_bytes((before / name).read_bytes())
+    write_json(record / HASHES, hashes)
+    manifest = {name: value for name, value in read_manifest(before, KIND).items() if name not in ("kind", "format", "versions")}
+    write_manifest(record, KIND, {**manifest, "layout": FOLDED})
+    return total
+
+
+def _verify(source: CheckpointFiles, written: CheckpointFiles, checkpoint: PrunedCheckpoint, folding: Folding) -> None:
+    problems, targets = [], checkpoint.targets()
+    for shard in source.shards:
+        result = dict(written.shard_tensors(shard))
+        for name, tensor in source.shard_tensors(shard):
+            if not torch.equal(result[name], folding.apply(checkpoint.parameters[name], tensor)):
+                problems.append(f"{name} is not the folded tensor")
+            if name in targets and not is_nm_sparse(result[name], checkpoint.record.pattern):
+                problems.append(f"{name} is not {checkpoint.record.pattern} as it lies")
+    if problems:
+        raise VerificationError(f"{written.folder} was not written as it should be: {'; '.join(problems)}")
