@@ -1,15 +1,19 @@
-"""The `permllm` command: a subcommand per stage, nothing else."""
+"""The `permllm` command: a subcommand per stage, and those on checkpoint folders; nothing else."""
 
 import argparse
 import importlib
 
 STAGES = ("calibrate", "prune", "learn", "assemble", "benchmark", "evaluate", "report", "ablation")
+CHECKPOINT_COMMANDS = ("pack", "unpack", "audit")
 
 
 def main() -> None:
-    """Run `permllm STAGE ...`, which is `python -m flows.STAGE ...`."""
-    parser = argparse.ArgumentParser(prog="permllm", description="One stage of the pipeline, with the settings of ./params.yaml.")
-    parser.add_argument("stage", choices=STAGES)
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="see `permllm STAGE --help`")
+    """Run `permllm COMMAND ...`, which is `python -m flows.COMMAND ...`."""
+    parser = argparse.ArgumentParser(
+        prog="permllm",
+        description="One stage of the pipeline, with the settings of ./params.yaml; or pack, unpack or audit a pruned checkpoint in a folder.",
+    )
+    parser.add_argument("command", choices=(*STAGES, *CHECKPOINT_COMMANDS))
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="see `permllm COMMAND --help`")
     chosen = parser.parse_args()
-    importlib.import_module(f"flows.{chosen.stage}").main(chosen.arguments)
+    importlib.import_module(f"flows.{chosen.command}").main(chosen.arguments)

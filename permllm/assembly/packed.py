@@ -5,7 +5,7 @@ Neither loses anything: unpacking undoes the orders.
 """
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from torch import Tensor
@@ -41,24 +41,39 @@ def write_packed(source: Path, folder: Path, pattern: NMPattern | None = None) -
         VerificationError: if what was read back is not what was packed.
     """
     with creating_folder(folder) as partial:
-        checkpoint = PrunedCheckpoint.open(source, pattern)
+        files = CheckpointFiles.find(source)
+        checkpoint = PrunedCheckpoint.open(source, files.names(), pattern)
+        _check_tied(files, checkpoint)
         foreign = foreign_entries(source)
         if foreign:
             raise ValueError(f"{source / 'config.json'} has {', '.join(foreign)}, which stops other loaders; remove it from the source first")
-        need_disk(folder, checkpoint.files.total_bytes())
+        need_disk(folder, files.total_bytes())
         copy_small_files(source, partial)
         _copy_record(source, partial)
-        folding, orders = checkpoint.folding(), _OrderTable()
-        tensors = _pack_shards(checkpoint, folding, orders, partial)
+        folding, orders = checkpoint.folding(checkpoint.record.stored_orders()), _OrderTable()
+        tensors = _pack_shards(files, checkpoint, folding, orders, partial)
         gathers = tuple({name: orders.name(order) for name, order in layer.items()} for layer in folding.gathers)
-        write_tensors(partial / ORDERS, orders.tensors)
-        origin = {"fingerprint": checkpoint.files.fingerprint(), "layout": checkpoint.record.layout}
+        if orders.tensors:  # safetensors cannot read a file without tensors
+            write_tensors(partial / ORDERS, orders.tensors)
+        origin = {"fingerprint": files.fingerprint(), "form": checkpoint.record.form}
         architecture = type(checkpoint.model).__name__
         PackedManifest(checkpoint.record.pattern, architecture, origin, gathers, tensors, describe_files(partial)).write(partial)
         packed = PackedCheckpoint.open(partial)
-        _verify(checkpoint.files, packed)
+        _verify(files, packed)
         written = sum(packed.manifest.files[file]["bytes"] for file in packed.weight_files)
-    return {"bytes": written, "source_bytes": checkpoint.files.total_bytes()}
+    return {"bytes": written, "source_bytes": files.total_bytes()}
+
+
+def _check_tied(files: CheckpointFiles, checkpoint: PrunedCheckpoint) -> None:
+    """Refuse a checkpoint that stores two different tensors for parameters that the model ties."""
+    tensors = {parameter: name for name, parameter in checkpoint.parameters.items() if parameter is not None}
+    for pair in checkpoint.model.all_tied_weights_keys.items():
+        if tensors.keys() >= set(pair):
+            found = files.read([tensors[parameter] for parameter in pair])
+            if not same_bits(*found.values()):
+                raise ValueError(
+                    f"config.json ties {' and '.join(found)}, but the checkpoint stores different values; set tie_word_embeddings: false"
+                )
 
 
 class _OrderTable:
@@ -84,12 +99,15 @@ def _copy_record(source: Path, folder: Path) -> None:
         shutil.copytree(source / RECORD_FOLDER, folder / RECORD_FOLDER, ignore=shutil.ignore_patterns(MASKS))
 
 
-def _pack_shards(checkpoint: PrunedCheckpoint, folding: Folding, orders: _OrderTable, folder: Path) -> dict[str, StoredTensor]:
+def _pack_shards(
+    files: CheckpointFiles, checkpoint: PrunedCheckpoint, folding: Folding, orders: _OrderTable, folder: Path
+) -> dict[str, StoredTensor]:
     """Write a packed file for every weight file of the checkpoint; return what the manifest says of the tensors."""
-    files, tensors, problems = checkpoint.files, {}, []
+    tensors: dict[str, StoredTensor] = {}
+    problems: list[str] = []
     for number, shard in enumerate(files.shards, start=1):
         name = "packed.safetensors" if len(files.shards) == 1 else f"packed-{number:05d}-of-{len(files.shards):05d}.safetensors"
-        parts, stored, found = _pack_shard(checkpoint, folding, orders, shard, name)
+        parts, stored, found = _pack_shard(files.shard_tensors(shard), checkpoint, folding, orders, name)
         tensors |= stored
         problems += found
         if not problems:
@@ -100,13 +118,13 @@ def _pack_shards(checkpoint: PrunedCheckpoint, folding: Folding, orders: _OrderT
 
 
 def _pack_shard(
-    checkpoint: PrunedCheckpoint, folding: Folding, orders: _OrderTable, shard: str, file: str
+    tensors: Iterable[tuple[str, Tensor]], checkpoint: PrunedCheckpoint, folding: Folding, orders: _OrderTable, file: str
 ) -> tuple[dict[str, Tensor], dict[str, StoredTensor], list[str]]:
     parts: dict[str, Tensor] = {}
     stored: dict[str, StoredTensor] = {}
     problems: list[str] = []
     targets = checkpoint.targets()
-    for name, tensor in checkpoint.files.shard_tensors(shard):
+    for name, tensor in tensors:
         parameter = checkpoint.parameters[name]
         values, bits = (f"{name.removesuffix('.weight')}.{part}" if name in targets else None for part in ("values", "bits"))
         rows, columns = orders.name(folding.rows.get(parameter)), orders.name(folding.columns.get(parameter))
@@ -156,10 +174,9 @@ def unpack(path: Path, folder: Path) -> dict[str, int]:
     with creating_folder(folder) as partial:
         packed = PackedCheckpoint.open(path)
         record = PruningRecord.read(path) if (path / RECORD_FOLDER).is_dir() else None
-        sizes = {name: stored.file for name, stored in packed.manifest.tensors.items()}
         need_disk(folder, 2 * sum(packed.manifest.files[file]["bytes"] for file in packed.weight_files))
-        for name in packed.manifest.files.keys() - {*sizes.values(), ORDERS}:
-            (partial / name).parent.mkdir(exist_ok=True)
+        for name in packed.manifest.files.keys() - {*packed.weight_files, ORDERS}:
+            (partial / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path / name, partial / name)
         written = _unpack_shards(packed, partial, record.hashes if record else {})
         if record:
@@ -174,7 +191,7 @@ def _unpack_shards(packed: PackedCheckpoint, folder: Path, hashes: Mapping[str, 
     for number, file in enumerate(files, start=1):
         name = SAFETENSORS if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
         tensors = dict(packed.restored(file))
-        changed += [tensor_name for tensor_name, tensor in tensors.items() if hashes.get(tensor_name, fingerprint([tensor])) != fingerprint([tensor])]
+        changed += [held for held, tensor in tensors.items() if held in hashes and hashes[held] != fingerprint([tensor])]
         write_tensors(folder / name, tensors, {"format": "pt"})
         weight_map |= dict.fromkeys(tensors, name)
         total += sum(tensor.nbytes for tensor in tensors.values())

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from permllm.artifacts import fingerprint, sha256, versions, write_json
+from permllm.artifacts import fingerprint, read_tensors, sha256, versions, write_json
 from permllm.permutation.permutation import Permutation
 from permllm.sparsity.packed import PackedWeight
 from permllm.sparsity.pattern import NMPattern
@@ -63,7 +63,7 @@ class PackedManifest:
 
     Attributes:
         architecture: the class of the model.
-        source: fingerprint and layout (masked or folded) of the checkpoint that was packed.
+        source: fingerprint and form (masked or folded) of the checkpoint that was packed.
         gathers: by decoder layer, the linear groups whose input has to be permuted at run time, and the order's name.
         tensors: by name in the checkpoint.
         files: size and SHA-256 of every file of the folder but this one.
@@ -136,6 +136,11 @@ class PackedManifest:
             names.setdefault(stored.file, []).append(name)
         return names
 
+    def order_names(self) -> set[str]:
+        """Return the names of the orders that tensors are stored in or inputs are gathered by."""
+        names = {name for groups in self.gathers for name in groups.values()}
+        return names | {name for stored in self.tensors.values() for name in (stored.rows, stored.columns) if name is not None}
+
 
 def _checksum(record: Mapping[str, Any]) -> str:
     return fingerprint([record])
@@ -189,8 +194,8 @@ class PackedCheckpoint:
             problems = _tensor_problems(folder, manifest)
         if problems:
             raise PackedFormatError(f"the packed checkpoint {folder} is damaged: {'; '.join(problems)}; copy or pack it again")
-        with safe_open(folder / ORDERS, framework="pt") as file:
-            return cls(folder, manifest, {name: Permutation(file.get_tensor(name).long()) for name in file.keys()})  # noqa: SIM118 (not a dict)
+        orders = read_tensors(folder / ORDERS) if manifest.order_names() else {}
+        return cls(folder, manifest, {name: Permutation(order.long()) for name, order in orders.items()})
 
     def stored(self, file: str) -> Iterator[tuple[str, Tensor | PackedWeight]]:
         """Yield the tensors of one weight file as they are stored, by name in the checkpoint; memory-mapped."""
@@ -226,7 +231,8 @@ class PackedCheckpoint:
 
 
 def _tensor_problems(folder: Path, manifest: PackedManifest) -> list[str]:
-    needed: dict[str, dict[str, tuple[str, tuple[int, ...]] | None]] = {ORDERS: dict.fromkeys(_named_orders(manifest))}
+    orders = manifest.order_names()
+    needed: dict[str, dict[str, tuple[str, tuple[int, ...]] | None]] = {ORDERS: dict.fromkeys(orders)} if orders else {}
     for file, names in manifest.by_file().items():
         needed[file] = {}
         for name in names:
@@ -252,11 +258,6 @@ def _part_problems(path: Path, needed: Mapping[str, tuple[str, tuple[int, ...]] 
     except (SafetensorError, OSError) as error:
         return [f"{path.name} cannot be read ({error})"]
     return problems
-
-
-def _named_orders(manifest: PackedManifest) -> set[str]:
-    names = {name for groups in manifest.gathers for name in groups.values()}
-    return names | {name for stored in manifest.tensors.values() for name in (stored.rows, stored.columns) if name is not None}
 
 
 def same_bits(first: Tensor, second: Tensor) -> bool:

@@ -1,19 +1,17 @@
-"""Read a pruned checkpoint back: its tensors, and the record beside them of the orders in which they are N:M."""
+"""What a pruned checkpoint says of itself: the record beside its tensors of the orders in which they are N:M."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from permllm.artifacts import read_manifest, read_tensors
 from permllm.assembly.checkpoint import HASHES, KIND, MASKS, PERMUTATIONS, RECORD_FOLDER
 from permllm.assembly.folding import Folding, fold
 from permllm.models.adapter import Heads, ModelAdapter
-from permllm.models.checkpoint_files import CheckpointFiles
 from permllm.models.families import adapter_of
 from permllm.models.loading import ModelSource, load_skeleton
 from permllm.models.parameter_names import parameters_filled
@@ -34,7 +32,7 @@ class PruningRecord:
 
     Attributes:
         orders: of every linear group, by decoder layer: those that its masks were chosen in.
-        layout: `masked`, the weights lie in their original order; or `folded`, they lie in `orders`. The manifest's
+        form: `masked`, the weights lie in their original order; or `folded`, they lie in `orders`. The manifest's
             entry of that name; masked where there is none.
         hashes: the fingerprint of every tensor, by its name in the checkpoint; empty if none were recorded.
         manifest: all that it says.
@@ -42,7 +40,7 @@ class PruningRecord:
 
     pattern: NMPattern
     orders: tuple[LayerPermutations, ...]
-    layout: str = MASKED
+    form: str = MASKED
     hashes: Mapping[str, str] = field(default_factory=dict)
     manifest: Mapping[str, Any] = field(default_factory=dict)
 
@@ -68,7 +66,7 @@ class PruningRecord:
         return cls(
             NMPattern.parse(manifest["pattern"]),
             orders,
-            manifest.get("layout", MASKED),
+            manifest.get("form", MASKED),
             json.loads(hashes.read_text()) if hashes.is_file() else {},
             manifest,
         )
@@ -85,7 +83,7 @@ class PruningRecord:
 
     def stored_orders(self) -> tuple[LayerPermutations, ...]:
         """Return the orders in which the tensors, as they lie, are N:M."""
-        if self.layout == MASKED:
+        if self.form == MASKED:
             return self.orders
         return tuple({name: Permutation.identity(len(order)) for name, order in layer.items()} for layer in self.orders)
 
@@ -113,62 +111,48 @@ class PruningRecord:
 
 @dataclass(frozen=True)
 class PrunedCheckpoint:
-    """A pruned checkpoint in stock format.
+    """A pruned checkpoint, masked, folded or packed, but for its tensors.
 
     Attributes:
         model: without weights, on the meta device.
         parameters: which parameter each tensor fills; None for tensors that the model does not read.
     """
 
-    files: CheckpointFiles
     model: "PreTrainedModel"
     adapter: ModelAdapter
     record: PruningRecord
     parameters: dict[str, str | None]
 
     @classmethod
-    def open(cls, folder: Path, pattern: NMPattern | None = None) -> "PrunedCheckpoint":
-        """Open a checkpoint.
+    def open(cls, folder: Path, tensors: Collection[str], pattern: NMPattern | None = None) -> "PrunedCheckpoint":
+        """Read what lies beside the tensors.
 
         Args:
+            tensors: their names.
             pattern: of a checkpoint without a record, whose weights are N:M as they lie.
 
         Raises:
             ValueError: if there is neither a record nor a pattern, they contradict each other, or tensors, record
                 and configuration do not fit each other.
         """
-        files, model = CheckpointFiles.find(folder), load_skeleton(ModelSource(str(folder)))
+        model = load_skeleton(ModelSource(str(folder)))
         adapter = adapter_of(model)
         has_record = (folder / RECORD_FOLDER).is_dir()
         record = PruningRecord.in_place(pattern, adapter, model) if pattern and not has_record else PruningRecord.read(folder)
         if pattern and pattern != record.pattern:
-            raise ValueError(f"{folder} is recorded as {record.pattern}, not {pattern}; leave the pattern out")
+            raise ValueError(f"{folder} is recorded as {record.pattern}, not {pattern}")
         record.check(adapter, model)
         record.pattern.check_widths(adapter.widths(model))
-        parameters = parameters_filled(model, files.names())
-        _check_tied(files, model, parameters)
-        return cls(files, model, adapter, record, parameters)
+        return cls(model, adapter, record, parameters_filled(model, tensors))
 
     def targets(self) -> dict[str, tuple[int, str, str]]:
-        """Return decoder layer, linear group and path of every pruned tensor, by the tensor's name."""
+        """Return decoder layer, linear group and path below the layer of every pruned tensor, by the tensor's name."""
         return target_places(self.adapter, len(self.record.orders), self.parameters)
 
-    def folding(self) -> Folding:
-        """Return what of the stored orders can be folded, and what has to be gathered."""
+    def folding(self, orders: Sequence[LayerPermutations]) -> Folding:
+        """Return which of some orders can be folded into the model's weights, and what has to be gathered."""
         parameters = [name for name in self.parameters.values() if name is not None]
-        return fold(self.adapter, Heads.of(self.model.config), self.record.stored_orders(), parameters)
-
-
-def _check_tied(files: CheckpointFiles, model: "PreTrainedModel", parameters: Mapping[str, str | None]) -> None:
-    """Refuse a checkpoint that stores two different tensors for parameters that the model ties."""
-    tensors = {parameter: name for name, parameter in parameters.items() if parameter is not None}
-    for target, origin in model.all_tied_weights_keys.items():
-        if target in tensors and origin in tensors:
-            found = files.read([tensors[target], tensors[origin]])
-            if not torch.equal(*found.values()):
-                raise ValueError(
-                    f"config.json ties {' and '.join(found)}, but the checkpoint stores different values; set tie_word_embeddings: false"
-                )
+        return fold(self.adapter, Heads.of(self.model.config), orders, parameters)
 
 
 def target_places(adapter: ModelAdapter, layers: int, parameters: Mapping[str, str | None]) -> dict[str, tuple[int, str, str]]:
