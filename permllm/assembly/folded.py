@@ -36,8 +36,8 @@ def write_folded_checkpoint(masked: Path, folder: Path) -> dict[str, float]:
         OSError: if the disk has no room.
     """
     files = CheckpointFiles.find(masked)
-    checkpoint = PrunedCheckpoint.open(masked)
-    folding = checkpoint.folding()
+    checkpoint = PrunedCheckpoint.open(masked, files.names())
+    folding = checkpoint.folding(checkpoint.record.stored_orders())
     if not folding.is_complete:
         left = [f"{checkpoint.adapter.layer_path(index)} {name}" for index, layer in enumerate(folding.gathers) for name in layer]
         raise ValueError(f"{masked} cannot be folded: {', '.join(left)} would have to be gathered at run time; prune it under layout foldable")
