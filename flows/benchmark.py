@@ -8,7 +8,7 @@ import torch
 from flows.paths import Setting
 from flows.stage import run_stage
 from permllm.artifacts import replacing_folder, versions, write_json
-from permllm.benchmark.latency import measure_linears
+from permllm.benchmark.linears import measure_linears
 from permllm.models.families import adapter_of
 from permllm.models.loading import DTYPES, load_skeleton, resolve_device
 from permllm.params import Params

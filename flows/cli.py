@@ -4,16 +4,16 @@ import argparse
 import importlib
 
 STAGES = ("calibrate", "prune", "learn", "assemble", "benchmark", "evaluate", "report", "ablation")
-CHECKPOINT_COMMANDS = ("pack", "unpack", "audit")
+COMMANDS = ("pack", "unpack", "audit", "kernels")
 
 
 def main() -> None:
     """Run `permllm COMMAND ...`, which is `python -m flows.COMMAND ...`."""
     parser = argparse.ArgumentParser(
         prog="permllm",
-        description="One stage of the pipeline, with the settings of ./params.yaml; or pack, unpack or audit a pruned checkpoint in a folder.",
+        description="One stage of the pipeline, with the settings of ./params.yaml; or pack, unpack or audit a pruned checkpoint in a folder; or measure kernels.",
     )
-    parser.add_argument("command", choices=(*STAGES, *CHECKPOINT_COMMANDS))
+    parser.add_argument("command", choices=(*STAGES, *COMMANDS))
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="see `permllm COMMAND --help`")
     chosen = parser.parse_args()
     importlib.import_module(f"flows.{chosen.command}").main(chosen.arguments)

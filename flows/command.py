@@ -22,6 +22,6 @@ def run_command(name: str, command: Callable[..., dict[str, Any]], arguments: di
         parser.add_argument(argument, **options)
     try:
         result = command(**vars(parser.parse_args(argv)))
-    except (ValueError, OSError, VerificationError) as error:  # what the user can mend, or should hear of in a line
+    except (ValueError, ArithmeticError, OSError, VerificationError) as error:  # what the user can mend, or should hear of in a line
         sys.exit(f"permllm {name}: {error}")
     print(json.dumps(result, indent=2))

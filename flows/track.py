@@ -238,8 +238,8 @@ def _latencies_ms(setting: Setting) -> Mapping[str, float]:
     """Return the latency of all linears of the model together, by kernel and batch size."""
     totals: Counter[str] = Counter()
     for row in _latency(setting)["rows"]:
-        if row["kernel"] in KERNELS[: 1 if setting.method == DENSE else None] and row["latency_ms"] is not None:
-            totals[f"{row['kernel']}_{row['tokens']}_tokens_ms"] += row["linears"] * row["latency_ms"]
+        if row["kernel"] in KERNELS[: 1 if setting.method == DENSE else None] and row["ms"] is not None:
+            totals[f"{row['kernel']}_{row['tokens']}_tokens_ms"] += row["linears"] * row["ms"]
     return totals
 
 

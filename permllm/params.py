@@ -9,7 +9,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from permllm.ablation import AblationConfig, NamedRows, SwitchRows
 from permllm.artifacts import read_yaml
-from permllm.benchmark.latency import BenchmarkConfig
+from permllm.benchmark.linears import BenchmarkConfig
 from permllm.calibration.samples import CalibrateConfig
 from permllm.calibration.texts import TextSource
 from permllm.evaluation.evaluate import EvaluateConfig, PerplexityConfig, ZeroShotConfig

@@ -1,6 +1,5 @@
 """A linear layer on a packed N:M weight: few tokens read the kept values alone, many multiply with the weight made dense for the call."""
 
-
 from torch import Tensor, nn
 
 from permllm.permutation.permutation import Permutation

@@ -54,7 +54,10 @@ def ablation_figure(records: Sequence[Mapping[str, Any]]) -> Figure:
     axes_of_panels = figure.subplots(len(panels), 1, squeeze=False, sharex=True, gridspec_kw={"height_ratios": heights})[:, 0]
     for axes, (title, rows) in zip(axes_of_panels, panels.items(), strict=True):
         means = {name: sum(closed) / len(closed) for name, closed in rows.items()}
-        colors = [BLUE if name.split(",")[0] in ("best", "(best)") else ORANGE if name.split(",")[0] in ("paper", "(paper)") else "#a9c5d6" for name in means]
+        colors = [
+            BLUE if name.split(",")[0] in ("best", "(best)") else ORANGE if name.split(",")[0] in ("paper", "(paper)") else "#a9c5d6"
+            for name in means
+        ]
         axes.barh(list(means), list(means.values()), color=colors)
         for name, closed in rows.items():
             axes.plot(closed, [name] * len(closed), ".", color=GREY, markersize=4)
@@ -64,6 +67,33 @@ def ablation_figure(records: Sequence[Mapping[str, Any]]) -> Figure:
         axes.invert_yaxis()
         axes.spines[["top", "right"]].set_visible(False)
     axes_of_panels[-1].set_xlabel("% of the perplexity gap between Wanda and dense that is closed (bar: mean, dots: seeds)", fontsize=8)
+    return figure
+
+
+def speed_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """Draw the speed-up over the fastest dense product by the number of tokens, a panel per shape; at 1 nothing is gained.
+
+    Args:
+        rows: records of `permllm.benchmark.linears` of one device.
+    """
+    kernels = ("packed", "packed+gather", "semi_structured", "semi_structured+gather", "masked")
+    drawn = [row for row in rows if row["kernel"] in kernels and row["ms"] is not None]
+    shapes = list(dict.fromkeys((row["out"], row["in"]) for row in drawn))
+    figure = Figure(figsize=(4.2 * len(shapes), 3.6), dpi=DPI, layout="constrained")
+    for axes, shape in zip(figure.subplots(1, len(shapes), squeeze=False, sharey=True)[0], shapes, strict=True):
+        part = [row for row in drawn if (row["out"], row["in"]) == shape]
+        for kernel, pattern in dict.fromkeys((row["kernel"], row["pattern"]) for row in part):
+            points = [(row["tokens"], row["speedup"]) for row in part if (row["kernel"], row["pattern"]) == (kernel, pattern)]
+            color = GREY if kernel == "masked" else BLUE if pattern == "2:4" else ORANGE
+            label = "zeros in a dense weight" if kernel == "masked" else f"{kernel}, {pattern}"
+            axes.plot(*zip(*points, strict=True), "o--" if "gather" in kernel else "o-", color=color, label=label, linewidth=1.2, markersize=3)
+        axes.axhline(1, color=GREY, linewidth=0.8)
+        axes.set(title=f"{shape[0]} x {shape[1]}", xlabel="tokens", xscale="log")
+        axes.grid(color=LIGHT, linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].set_ylabel(f"speed-up over dense ({drawn[0]['device']}, {drawn[0]['dtype']})", fontsize=8)
+    handles = dict(zip(*reversed(figure.axes[0].get_legend_handles_labels()), strict=True))
+    figure.axes[0].legend(handles.values(), handles.keys(), frameon=False, fontsize=7)
     return figure
 
 

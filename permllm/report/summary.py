@@ -99,3 +99,36 @@ def _cells(row: Row, tasks: Sequence[str]) -> list[str]:
     closed = "" if row.gap_closed is None else f"{row.gap_closed:.0%}"
     error = "" if row.output_error is None else f"{row.output_error:.3f}"
     return [row.method, f"{row.perplexity:.2f}", closed, *accuracies, error, f"{row.seconds:.0f}"]
+
+
+def latency_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Lay measured linears out as one Markdown table per device and pattern: dense, sparse, permutation and speed-up.
+
+    Args:
+        rows: records of `permllm.benchmark.linears`.
+
+    Source: the layout of PermLLM (NeurIPS 2025), table 3.
+    """
+    measured = [row for row in rows if row["ms"] is not None]
+    tables = []
+    for device, dtype, pattern in dict.fromkeys((row["device"], row["dtype"], row["pattern"]) for row in measured):
+        lines = [
+            ["linear (out x in)", "tokens", "dense ms", "sparse ms", "with permutation ms", "permutation ms", "speed-up", "same kernel dense ms"]
+        ]
+        lines.append(["---", *["---:"] * (len(lines[0]) - 1)])
+        part = [row for row in measured if (row["device"], row["dtype"], row["pattern"]) == (device, dtype, pattern)]
+        for out, width, tokens in dict.fromkeys((row["out"], row["in"], row["tokens"]) for row in part):
+            found = {row["kernel"]: row for row in part if (row["out"], row["in"], row["tokens"]) == (out, width, tokens)}
+            lines += [_latency_cells(out, width, tokens, found, sparse) for sparse in ("packed", "semi_structured") if sparse in found]
+        if len(lines) > 2:
+            tables.append("\n".join([f"**{device}, {dtype}, {pattern}**", "", *(f"| {' | '.join(line)} |" for line in lines)]))
+    return "\n\n".join(tables) + "\n"
+
+
+def _latency_cells(out: int, width: int, tokens: int, found: Mapping[str, Mapping[str, Any]], sparse: str) -> list[str]:
+    permuted, same = found[f"{sparse}+gather"], found.get("dense_matvec")
+    milliseconds = [permuted["dense_ms"], found[sparse]["ms"], permuted["ms"], permuted["permutation_ms"]]
+    return [
+        f"{out} x {width}", str(tokens), *(f"{ms:.3f}" for ms in milliseconds), f"{permuted['speedup']:.2f}x",
+        f"{same['ms']:.3f}" if same and sparse == "packed" else "",
+    ]  # fmt: skip

@@ -79,7 +79,7 @@ class Pipeline:
         model_params = {f"models.{MODEL}.source": "there", f"models.{MODEL}.calibrate": {"sequences": 8, "text": {"files": "*.txt"}}}
         self.run("calibrate", files={f"data/calibrate/{MODEL}/samples": "samples"}, params=model_params)
         rows = [
-            {"kernel": kernel, "tokens": tokens, "linears": linears, "latency_ms": latency_ms}
+            {"kernel": kernel, "tokens": tokens, "linears": linears, "ms": latency_ms}
             for kernel, latency_ms in (("dense", 2.0), ("masked", 3.0), ("gather", 1.0), ("semi_structured", None))
             for tokens in (1, 64)
             for linears in (4, 6)  # of two shapes
