@@ -1,11 +1,19 @@
-"""A linear layer on a packed N:M weight: few tokens read the kept values alone, many multiply with the weight made dense for the call."""
+"""A linear layer on a packed N:M weight.
 
+Few tokens wait for the weight to be read, so a kernel reads the kept values alone. Many tokens wait for arithmetic, so the
+weight is made dense for the call, or multiplied on sparse tensor cores where `permllm.kernels.prefill` found that faster.
+"""
+
+import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
+from permllm.kernels import cpu_matvec, gpu_matvec
 from permllm.permutation.permutation import Permutation
 from permllm.sparsity.packed import PackedWeight
 
-MOST_DECODED_TOKENS = 8  # more of them make the product wait for arithmetic, and the weight's bytes matter no longer
+MOST_DECODED_TOKENS = 8
+CPU_MATVEC, GPU_MATVEC, SEMI_STRUCTURED, DENSE = "cpu_matvec", "gpu_matvec", "semi_structured", "dense"
 
 
 class PackedLinear(nn.Module):
@@ -15,6 +23,10 @@ class PackedLinear(nn.Module):
         weight: (out, in), its input channels in the order in which it is N:M.
         bias: (out,).
         permutation: the order of the input channels, where nothing before the layer gathers them.
+
+    Attributes:
+        semi_structured: the weight once more, for sparse tensor cores; None unless `permllm.kernels.prefill` chose them.
+        semi_structured_from: the tokens from which they are used.
     """
 
     def __init__(self, weight: PackedWeight, bias: Tensor | None = None, permutation: Permutation | None = None) -> None:
@@ -25,6 +37,8 @@ class PackedLinear(nn.Module):
         self.register_buffer("bits", weight.bits)
         self.register_buffer("order", None if permutation is None else permutation.order)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.semi_structured: Tensor | None = None
+        self.semi_structured_from = MOST_DECODED_TOKENS + 1
 
     @property
     def packed(self) -> PackedWeight:
@@ -33,20 +47,37 @@ class PackedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The weight with its zeros, (out, in), made anew at every access."""
+        """The weight with its zeros, (out, in), in the channel order of the packed one; made anew at every access."""
         return self.packed.dense()
 
     def kernel(self, tokens: int) -> str:
-        """Return which way so many tokens are multiplied."""
-        return "dense"
+        """Return which way so many tokens are multiplied: `cpu_matvec`, `gpu_matvec`, `semi_structured` or `dense`."""
+        device, dtype = self.values.device, self.values.dtype
+        if 1 <= tokens <= MOST_DECODED_TOKENS:
+            if device.type == "cpu" and cpu_matvec.why_unavailable(device, dtype) is None:
+                return CPU_MATVEC
+            if device.type == "cuda" and gpu_matvec.why_unavailable(self.packed, device) is None:
+                return GPU_MATVEC
+        is_there = self.semi_structured is not None and self.semi_structured.device == device and self.semi_structured.dtype == dtype
+        return SEMI_STRUCTURED if is_there and tokens >= self.semi_structured_from else DENSE
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., in) to (..., out)."""
         if self.order is not None:
             x = x.index_select(-1, self.order)
-        return nn.functional.linear(x, self.weight, self.bias)
+        needs_gradient = torch.is_grad_enabled() and (x.requires_grad or (self.bias is not None and self.bias.requires_grad))
+        is_dense = needs_gradient or x.dtype != self.values.dtype  # types differ under autocast
+        return MULTIPLY[DENSE if is_dense else self.kernel(x.shape[:-1].numel())](self, x)
 
     def extra_repr(self) -> str:
         """Return what `print` shows of the layer."""
         gathers = "" if self.order is None else ", gathers its input"
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, pattern={self.pattern}{gathers}"
+
+
+MULTIPLY = {
+    CPU_MATVEC: lambda layer, x: cpu_matvec.matvec(x, layer.packed, layer.bias),
+    GPU_MATVEC: lambda layer, x: gpu_matvec.matvec(x, layer.packed, layer.bias),
+    SEMI_STRUCTURED: lambda layer, x: linear(x, layer.semi_structured, layer.bias),
+    DENSE: lambda layer, x: linear(x, layer.weight, layer.bias),
+}

@@ -8,14 +8,19 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from permllm.artifacts import write_tensors
 from permllm.assembly.checkpoint import write_masked_checkpoint
 from permllm.assembly.folding import fold, fold_model
 from permllm.calibration.capture import dense_statistics
+from permllm.calibration.samples import draw_windows, tokenize
+from permllm.calibration.texts import TextSource, read_documents
 from permllm.models.adapter import Heads
 from permllm.models.checkpoint_files import CheckpointFiles
 from permllm.models.families import adapter_of
+from permllm.models.loading import ModelSource, context_length, load_config, load_tokenizer
 from permllm.permutation.permutation import Permutation
 from permllm.pruning.layerwise import model_weights, prune_in_parallel
 from permllm.pruning.layout import find_permutations
@@ -25,9 +30,26 @@ from permllm.sparsity.bits import pack_mask
 from permllm.sparsity.pattern import NMPattern
 
 
+def prune_checkpoint(folder: Path, tokens: Tensor, pattern: str, method: PruningMethod) -> Path:
+    """Prune `folder / "dense"` into `folder / "masked"`, calibrated on (sequences, length) tokens."""
+    dense, pruning, masked = folder / "dense", folder / "pruning", folder / "masked"
+    model = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)
+    adapter = adapter_of(model)
+    statistics = list(dense_statistics(model, adapter, tokens, 2))
+    weights, generator, parsed = list(model_weights(model, adapter)), torch.Generator().manual_seed(0), NMPattern.parse(pattern)
+    arguments = weights, adapter, Heads.of(model.config), statistics, parsed, generator
+    orders = find_permutations(method.layout, method.permutation, method.score, *arguments)
+    layers = prune_in_parallel(weights, adapter, statistics, parsed, method, orders)
+    pruning.mkdir()
+    fingerprint = CheckpointFiles.find(dense).fingerprint()
+    save_pruning(pruning, layers, {"model_fingerprint": fingerprint, "pattern": pattern, "method_settings": vars(method), "seed": 0})
+    write_masked_checkpoint(dense, adapter, load_pruning(pruning), masked)
+    return masked
+
+
 @pytest.fixture
 def write_masked(tiny_model, tiny_tokenizer, draw_tokens) -> Callable[..., Path]:
-    """`write_masked(folder, family, pattern="2:4", dtype, permutation="cp", update=None, shard="5GB", **config)`.
+    """`write_masked(folder, family, pattern="2:4", dtype, permutation="cp", update=None, shard="5GB", layout="free", **config)`.
 
     Returns the masked checkpoint's folder; the dense one lies in `folder / "dense"`.
     """
@@ -43,20 +65,24 @@ def write_masked(tiny_model, tiny_tokenizer, draw_tokens) -> Callable[..., Path]
         layout: str = "free",
         **config,
     ) -> Path:
-        dense, pruning, masked = folder / "dense", folder / "pruning", folder / "masked"
-        tiny_model(family, **config).to(dtype).save_pretrained(dense, max_shard_size=shard)
-        tiny_tokenizer.save_pretrained(dense)
-        model = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)
-        adapter, method = adapter_of(model), PruningMethod("wanda", permutation, update)
-        statistics = list(dense_statistics(model, adapter, draw_tokens(4, 16), 2))
-        weights, generator, parsed = list(model_weights(model, adapter)), torch.Generator().manual_seed(0), NMPattern.parse(pattern)
-        orders = find_permutations(layout, permutation, "wanda", weights, adapter, Heads.of(model.config), statistics, parsed, generator)
-        layers = prune_in_parallel(weights, adapter, statistics, parsed, method, orders)
-        pruning.mkdir()
-        fingerprint = CheckpointFiles.find(dense).fingerprint()
-        save_pruning(pruning, layers, {"model_fingerprint": fingerprint, "pattern": pattern, "method_settings": vars(method), "seed": 0})
-        write_masked_checkpoint(dense, adapter, load_pruning(pruning), masked)
-        return masked
+        tiny_model(family, **config).to(dtype).save_pretrained(folder / "dense", max_shard_size=shard)
+        tiny_tokenizer.save_pretrained(folder / "dense")
+        return prune_checkpoint(folder, draw_tokens(4, 16), pattern, PruningMethod("wanda", permutation, update, layout=layout))
+
+    return write
+
+
+@pytest.fixture
+def prune_real(third_party) -> Callable[..., Path]:
+    """`prune_real(folder, name)`: a checkpoint by others, masked 2:4 with permutations; the dense one is `folder / "dense"`."""
+
+    def write(folder: Path, name: str) -> Path:
+        shutil.copytree(third_party / "models" / name, folder / "dense")
+        source = ModelSource(str(folder / "dense"), device="cpu")
+        stories = read_documents(TextSource(files=str(third_party / "text/tinystories_sample/stories_clean.jsonl")))
+        tokens = tokenize(list(stories.values())[:40], load_tokenizer(source))
+        samples = draw_windows(tokens, 16, min(64, context_length(load_config(source))), seed=0)
+        return prune_checkpoint(folder, samples.tokens, "2:4", PruningMethod("wanda", "cp"))
 
     return write
 
@@ -83,7 +109,7 @@ def write_folded(write_masked) -> Callable[..., Path]:
         paths = {
             f"{index}.{path}": linear.weight for index, layer in enumerate(adapter.layers(model)) for path, linear in adapter.linears(layer).items()
         }
-        save_file({path: pack_mask(weight != 0) for path, weight in paths.items()}, folded / "permllm" / "masks.safetensors")
+        write_tensors(folded / "permllm" / "masks.safetensors", {path: pack_mask(weight != 0) for path, weight in paths.items()})
         orders = {f"{index}.{name}": order.order.int() for index, layer in enumerate(layers) for name, order in layer.items()}
         save_file(orders, folded / "permllm" / "permutations.safetensors")
         edit_json(folded / "permllm" / "manifest.json", lambda record: record.update(form="folded"))
