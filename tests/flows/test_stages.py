@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 from flows import assemble, benchmark, calibrate, evaluate, learn, prune, report
@@ -22,13 +23,14 @@ PARAMS = {
     "run": {
         "models": ["tiny"],
         "patterns": ["2:4"],
-        "one_shot": ["wanda", "sparsegpt+cp"],
+        "one_shot": ["wanda", "sparsegpt+cp", "cp-foldable"],
         "learned": ["permllm"],
-        "methods": ["wanda", "sparsegpt+cp", "permllm"],
+        "methods": ["wanda", "sparsegpt+cp", "cp-foldable", "permllm"],
     },
     "methods": {
         "wanda": {"score": "wanda"},
         "sparsegpt+cp": {"update": "sparsegpt", "permutation": "cp"},
+        "cp-foldable": {"score": "wanda", "permutation": "cp", "layout": "foldable"},
         "permllm": {"score": "wanda", "permutation": "lcp", "learn": {"start": "cp"}},
     },
     "models": {
@@ -77,6 +79,7 @@ def test_the_whole_pipeline_runs_on_a_tiny_model(project: Path):
     calibrate.main(["--model", "tiny"])
     prune.main(setting("wanda"))
     prune.main(setting("sparsegpt+cp"))
+    prune.main(setting("cp-foldable"))
     learn.main(setting("permllm"))
     for method in PARAMS["run"]["methods"]:
         assemble.main(setting(method))
@@ -86,7 +89,7 @@ def test_the_whole_pipeline_runs_on_a_tiny_model(project: Path):
     report.main([])
 
     rows = json.loads(Path("data/report/summary.json").read_text())
-    assert [row["method"] for row in rows] == ["dense", "wanda", "sparsegpt+cp", "permllm"]
+    assert [row["method"] for row in rows] == ["dense", "wanda", "sparsegpt+cp", "cp-foldable", "permllm"]
     assert all(math.isfinite(row["perplexity"]) and row["seconds"] > 0 and row["bytes"] > 0 for row in rows)
     assert [row["gap_closed"] for row in rows[:2]] == [1.0, 0.0]
     assert {path.name for path in Path("data/report/figures").iterdir()} == {"perplexity_tiny.png", "learning_tiny.png", "masks_tiny_2of4.png"}
@@ -98,6 +101,10 @@ def test_the_whole_pipeline_runs_on_a_tiny_model(project: Path):
     model = AutoModelForCausalLM.from_pretrained(checkpoint)
     weight = model.model.layers[1].mlp.down_proj.weight
     assert is_nm_sparse(weight[:, orders["1.mlp_out"].long()], NMPattern.parse("2:4"))
+    folded = AutoModelForCausalLM.from_pretrained("data/assemble/tiny/2:4/cp-foldable")
+    assert all(is_nm_sparse(linear.weight, NMPattern.parse("2:4")) for linear in folded.model.layers.modules() if isinstance(linear, nn.Linear))
+    assert json.loads(Path("data/metrics/assemble/tiny/2:4/cp-foldable.json").read_text())["folding_error"] < 1e-5
+    assert not list(Path("data/assemble/tiny/2:4").glob(".*"))
     assert "sparsity" not in (checkpoint / "config.json").read_text()
 
 
@@ -107,6 +114,7 @@ def test_the_whole_pipeline_runs_on_a_tiny_model(project: Path):
         ("run/models", ["llama-9"], "unknown model 'llama-9': choose one of tiny"),
         ("run/methods", ["wandaa"], "unknown method 'wandaa'.*did you mean 'wanda'"),
         ("methods/wanda", {"score": "wand"}, "unknown score 'wand'.*magnitude, ria, wanda"),
+        ("methods/wanda", {"score": "wanda", "layout": "folded"}, "unknown layout 'folded': choose one of foldable, free"),
         ("methods/wanda", {"scoer": "wanda"}, "methods.wanda.scoer: Unexpected keyword argument"),
         ("run/patterns", ["4:2", "0:4", "a:b"], "4:2 needs 0 < N < M.*0:4 needs 0 < N < M.*'a:b' is not of the form N:M"),
         ("run/patterns", ["3:5"], "multiples of 5, but model.layers.0.self_attn.q_proj has 32.*model.layers.2.mlp.down_proj has 48"),
