@@ -74,7 +74,7 @@ def audit(path: Path, source: Path | None = None) -> AuditSummary:
         found += comparison.check(name, tensor) if comparison else []
         problems += [f"{name} {problem}" for problem in found]
     if problems:
-        raise AuditError(f"{path} is not what it claims: {'; '.join(problems)}")
+        raise AuditError("\n- ".join([f"{path} is not what it claims:", *problems]))
     sparsity = {str(checkpoint.record.pattern): targets.zeros / targets.weights}
     return AuditSummary(opened.form, len(checkpoint.parameters), len(targets.places), sparsity, opened.bytes, source is not None)
 
