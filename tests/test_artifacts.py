@@ -10,12 +10,14 @@ import torch
 from permllm.artifacts import (
     FORMAT,
     StaleArtifactError,
+    creating_folder,
     fingerprint,
     need_disk,
     read_manifest,
     read_tensors,
     replacing,
     replacing_folder,
+    sha256,
     write_json,
     write_manifest,
     write_tensors,
@@ -98,7 +100,7 @@ def test_a_manifest_reads_back_with_the_versions_that_made_it(tmp_path):
 
 def test_a_manifest_of_another_kind_is_refused(tmp_path):
     write_manifest(tmp_path, "calibrate", {})
-    with pytest.raises(StaleArtifactError, match="is a calibrate artifact of format 1, but this version reads prune artifacts of format 1"):
+    with pytest.raises(StaleArtifactError, match="is a calibrate artifact of format 2, but this version reads prune artifacts of format 2"):
         read_manifest(tmp_path, "prune")
 
 
@@ -202,3 +204,44 @@ def test_an_exception_leaves_the_old_folder_and_the_next_try_starts_empty(tmp_pa
     assert [path.name for path in folder.iterdir()] == ["old"]
     with replacing_folder(folder) as new:
         assert list(new.iterdir()) == []
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_created_folder_appears_whole_or_not_at_all(exists, tmp_path):
+    folder = tmp_path / "packed"
+    if exists:
+        folder.mkdir()
+    with pytest.raises(RuntimeError), creating_folder(folder) as new:
+        (new / "half").write_text("half")
+        raise RuntimeError
+    assert list(tmp_path.rglob("*")) == ([folder] if exists else [])
+    with creating_folder(folder) as new:
+        (new / "whole").write_text("whole")
+    assert list(tmp_path.rglob("*")) == [folder, folder / "whole"]
+
+
+def test_a_folder_that_holds_something_is_never_replaced(tmp_path):
+    folder, file = tmp_path / "full", tmp_path / "file"
+    folder.mkdir()
+    (folder / "mine").write_text("mine")
+    file.write_text("mine")
+    for path in (folder, file):
+        with pytest.raises(ValueError, match=f"{path} exists and is not an empty folder"), creating_folder(path):
+            pass
+    with pytest.raises(OSError), creating_folder(tmp_path / "race") as new:
+        (new / "whole").write_text("whole")
+        (tmp_path / "race").mkdir()
+        (tmp_path / "race" / "mine").write_text("filled meanwhile")
+    assert (tmp_path / "race" / "mine").exists() and len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_relative_folder_can_be_created(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with creating_folder((tmp_path / "new" / "folder").relative_to(tmp_path)):
+        pass
+    assert (tmp_path / "new" / "folder").is_dir()
+
+
+def test_sha256_is_that_of_the_contents(tmp_path):
+    (tmp_path / "empty").write_bytes(b"")
+    assert sha256(tmp_path / "empty") == "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"

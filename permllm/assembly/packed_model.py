@@ -61,7 +61,13 @@ def load(path: str | Path, device: str = "cpu", dtype: torch.dtype | str | None 
     if (folder / GENERATION_CONFIG).is_file():
         model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
     model.config.dtype = chosen
+    model.save_pretrained = _refuse_to_save
     return model.requires_grad_(False).eval().to(target_device)
+
+
+def _refuse_to_save(*_: object, **__: object) -> None:
+    """Stand in for `save_pretrained`, which would write parts of packed weights under a configuration that does not know them."""
+    raise ValueError("a packed model is not saved as a stock checkpoint; copy its folder, or give the checkpoint back with `permllm unpack`")
 
 
 def _check(packed: PackedCheckpoint, model: "PreTrainedModel", adapter: ModelAdapter) -> None:

@@ -27,6 +27,8 @@ def parameters_filled(model: "PreTrainedModel", tensors: Collection[str]) -> dic
         place = next((place for place in (name, f"{model.base_model_prefix}.{name}") if place in places), None)
         if place is None and not any(re.search(pattern, name) for pattern in ignored):
             problems.append(f"{name} has no place in the model")
+        if place is not None and place in filled.values():
+            problems.append(f"{name} fills {place}, as another tensor does")
         filled[name] = place
     needed = dict([*model.named_parameters(), *model.named_buffers()])  # of tied parameters one name
     problems += [f"{name} is missing" for name in sorted((set(needed) & places) - set(filled.values()))]

@@ -113,3 +113,10 @@ def test_a_manifest_that_does_not_fit_the_configuration_is_refused(write_masked,
     dataclasses.replace(manifest, gathers=manifest.gathers[1:]).write(tmp_path / "packed")
     with pytest.raises(PackedFormatError, match="gathers for 2 decoder layers, not 3"):
         permllm.load(tmp_path / "packed")
+
+
+def test_saving_a_packed_model_as_a_stock_checkpoint_is_refused(write_masked, tmp_path):
+    write_packed(write_masked(tmp_path, "llama"), tmp_path / "packed")
+    with pytest.raises(ValueError, match="permllm unpack"):
+        permllm.load(tmp_path / "packed").save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()

@@ -65,4 +65,4 @@ def test_the_command_line_ends_with_one(checkpoint, tmp_path, repository):
 
 
 def test_every_command_has_its_file(repository):
-    assert all(Path(repository / "flows" / f"{name}.py").is_file() for name in (*cli.STAGES, *cli.CHECKPOINT_COMMANDS))
+    assert all(Path(repository / "flows" / f"{name}.py").is_file() for name in (*cli.STAGES, *cli.COMMANDS))
