@@ -1,16 +1,19 @@
 """Write the folded checkpoint: stock architecture, N:M in memory, nothing to permute at run time."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from permllm.artifacts import creating_folder, fingerprint, need_disk, read_manifest, write_json, write_manifest, write_tensors
 from permllm.assembly.checkpoint import HASHES, KIND, MASKS, PERMUTATIONS, RECORD_FOLDER, VerificationError, copy_small_files
 from permllm.assembly.folding import Folding, fold_model
-from permllm.assembly.record import FOLDED, PrunedCheckpoint
+from permllm.assembly.record import FOLDED, PrunedCheckpoint, read_masks
 from permllm.models.checkpoint_files import SAFETENSORS_INDEX, CheckpointFiles
 from permllm.models.loading import ModelSource, load_model
+from permllm.sparsity.bits import pack_mask, unpack_mask
 from permllm.sparsity.mask import is_nm_sparse
 
 if TYPE_CHECKING:
@@ -77,12 +80,21 @@ def _write_shards(files: CheckpointFiles, checkpoint: PrunedCheckpoint, folding:
         (folder / SAFETENSORS_INDEX).write_bytes((files.folder / SAFETENSORS_INDEX).read_bytes())
     record, before = folder / RECORD_FOLDER, files.folder / RECORD_FOLDER
     record.mkdir()
-    for name in (PERMUTATIONS, MASKS):  # both in the original channel order, as for a masked checkpoint
-        (record / name).write_bytes((before / name).read_bytes())
+    (record / PERMUTATIONS).write_bytes((before / PERMUTATIONS).read_bytes())
+    write_tensors(record / MASKS, _fold_masks(checkpoint, folding, read_masks(files.folder)))
     write_json(record / HASHES, hashes)
     manifest = {name: value for name, value in read_manifest(before, KIND).items() if name not in ("kind", "format", "versions")}
-    write_manifest(record, KIND, {**manifest, "layout": FOLDED})
+    write_manifest(record, KIND, {**manifest, "form": FOLDED})
     return total
+
+
+def _fold_masks(checkpoint: PrunedCheckpoint, folding: Folding, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the masks, as bits, in the order in which the folded weights lie."""
+    folded = {}
+    for name, (index, group, path) in checkpoint.targets().items():
+        mask = unpack_mask(masks[f"{index}.{path}"], len(checkpoint.record.orders[index][group]))
+        folded[f"{index}.{path}"] = pack_mask(folding.apply(checkpoint.parameters[name], mask))
+    return folded
 
 
 def _verify(source: CheckpointFiles, written: CheckpointFiles, checkpoint: PrunedCheckpoint, folding: Folding) -> None:

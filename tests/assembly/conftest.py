@@ -11,9 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from permllm.artifacts import write_tensors
 from permllm.assembly.checkpoint import write_masked_checkpoint
-from permllm.assembly.folding import fold, fold_model
+from permllm.assembly.folded import write_folded_checkpoint
 from permllm.calibration.capture import dense_statistics
 from permllm.calibration.samples import draw_windows, tokenize
 from permllm.calibration.texts import TextSource, read_documents
@@ -21,12 +20,10 @@ from permllm.models.adapter import Heads
 from permllm.models.checkpoint_files import CheckpointFiles
 from permllm.models.families import adapter_of
 from permllm.models.loading import ModelSource, context_length, load_config, load_tokenizer
-from permllm.permutation.permutation import Permutation
 from permllm.pruning.layerwise import model_weights, prune_in_parallel
 from permllm.pruning.layout import find_permutations
 from permllm.pruning.methods import PruningMethod
 from permllm.pruning.storage import load_pruning, save_pruning
-from permllm.sparsity.bits import pack_mask
 from permllm.sparsity.pattern import NMPattern
 
 
@@ -89,31 +86,11 @@ def prune_real(third_party) -> Callable[..., Path]:
 
 @pytest.fixture
 def write_folded(write_masked) -> Callable[..., Path]:
-    """`write_folded(folder)`: a LLaMA pruned without permutations, then stored in random foldable orders. N:M as it lies."""
+    """`write_folded(folder, family, **options)`: what `write_masked` writes under the foldable layout, folded."""
 
-    def write(folder: Path) -> Path:
-        masked, folded = write_masked(folder, "llama", permutation="identity"), folder / "folded"
-        model = AutoModelForCausalLM.from_pretrained(masked)
-        adapter, generator = adapter_of(model), torch.Generator().manual_seed(0)
-        # Whole groups of four move, so that the weights are 2:4 before and after.
-        groups = Permutation.random(48 // 4, generator).order[:, None] * 4 + torch.arange(4)
-        layers = [
-            {name: Permutation.identity(32) for name in ("attention_in", "attention_out", "mlp_in")} | {"mlp_out": Permutation(groups.flatten())}
-            for _ in adapter.layers(model)
-        ]
-        folding = fold(adapter, Heads.of(model.config), layers, [name for name, _ in model.named_parameters()])
-        fold_model(model, folding)
-        model.save_pretrained(folded)
-        shutil.copytree(masked / "permllm", folded / "permllm")
-        (folded / "permllm" / "hashes.json").unlink()
-        paths = {
-            f"{index}.{path}": linear.weight for index, layer in enumerate(adapter.layers(model)) for path, linear in adapter.linears(layer).items()
-        }
-        write_tensors(folded / "permllm" / "masks.safetensors", {path: pack_mask(weight != 0) for path, weight in paths.items()})
-        orders = {f"{index}.{name}": order.order.int() for index, layer in enumerate(layers) for name, order in layer.items()}
-        save_file(orders, folded / "permllm" / "permutations.safetensors")
-        edit_json(folded / "permllm" / "manifest.json", lambda record: record.update(form="folded"))
-        return folded
+    def write(folder: Path, family: str, **options) -> Path:
+        write_folded_checkpoint(write_masked(folder, family, layout="foldable", **options), folder / "folded")
+        return folder / "folded"
 
     return write
 

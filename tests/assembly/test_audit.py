@@ -30,11 +30,19 @@ def test_other_checkpoints_pass_too(settings, write_masked, tmp_path):
     audit(write_masked(tmp_path, "llama", **settings), tmp_path / "dense")
 
 
-def test_a_folded_checkpoint_passes_against_its_source(write_folded, tmp_path):
-    folded = write_folded(tmp_path)
+def test_a_folded_checkpoint_passes_against_its_source(family, write_folded, tmp_path):
+    folded = write_folded(tmp_path, family)
     assert audit(folded, tmp_path / "dense").form == "folded"
     write_packed(folded, tmp_path / "packed")
-    audit(tmp_path / "packed", tmp_path / "dense")
+    unpack(tmp_path / "packed", tmp_path / "unpacked")
+    assert [audit(tmp_path / name, tmp_path / "dense").form for name in ("packed", "unpacked")] == ["packed", "folded"]
+
+
+def test_a_folded_tensor_in_another_order_is_noticed(write_folded, edit, tmp_path):
+    folded = write_folded(tmp_path, "llama")
+    edit(folded / "model.safetensors", lambda tensors: tensors.update({"model.norm.weight": tensors["model.norm.weight"].flip(0)}))
+    with pytest.raises(AuditError, match=r"model\.norm\.weight differs from the source"):
+        audit(folded, tmp_path / "dense")
 
 
 def test_a_checkpoint_without_record_is_refused(write_masked, tmp_path):

@@ -56,9 +56,15 @@ def test_every_kind_of_checkpoint_comes_back(name, settings, write_masked, tmp_p
     assert_round_trip(write_masked(tmp_path, name, **settings), tmp_path)
 
 
-def test_a_folded_checkpoint_comes_back(write_folded, tmp_path):
-    assert_round_trip(write_folded(tmp_path), tmp_path)
+@pytest.mark.parametrize("shard", ["5GB", "20KB"])
+def test_a_folded_checkpoint_comes_back(family, shard, write_folded, tmp_path):
+    assert_round_trip(write_folded(tmp_path, family, shard=shard), tmp_path)
     assert PackedCheckpoint.open(tmp_path / "packed").orders == {}
+
+
+def test_foldable_orders_leave_nothing_to_gather(family, write_masked, tmp_path):
+    assert_round_trip(write_masked(tmp_path, family, layout="foldable"), tmp_path)
+    assert gathers(tmp_path) == ({}, {}, {}) and PackedCheckpoint.open(tmp_path / "packed").orders
 
 
 def test_a_checkpoint_without_record_needs_its_pattern(write_masked, tmp_path):

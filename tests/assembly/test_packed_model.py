@@ -46,9 +46,10 @@ def test_logits_and_greedy_tokens_are_those_of_the_masked_model(family, pattern,
         ("opt", {"tie_word_embeddings": True}),
         ("opt", {"tie_word_embeddings": False, "permutation": "random"}),
         ("qwen2", {"permutation": "random", "update": "sparsegpt"}),
+        ("qwen3", {"layout": "foldable"}),
         ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 500.0}}),
     ],
-    ids=["tied, biases, shards", "tied", "untied, random orders", "gathered heads", "scaled rotary embeddings"],
+    ids=["tied, biases, shards", "tied", "untied, random orders", "gathered heads", "all folded", "scaled rotary embeddings"],
 )
 def test_every_kind_of_model_answers_alike(name, settings, write_masked, draw_tokens, tmp_path):
     packed, stock = load_both(tmp_path, write_masked(tmp_path, name, **settings))
