@@ -221,6 +221,9 @@ def _target(setup: Setup, dense: DecoderInputs, part: range, tokens: Tensor) -> 
             kept.append(after.hidden.clone())
     if not needs_logits(config.objectives):
         return Target(after.hidden, kept or None, None)
+    if "kl" not in config.objectives:  # the text is all that is compared with
+        nothing = torch.empty(*tokens.shape, 0, device=after.hidden.device)
+        return Target(after.hidden, kept or None, NextTokens(tokens.to(nothing.device), nothing.long(), nothing))
     likeliest = []
     for batch in after.hidden.split(config.batch_size):
         logits = finish(setup.model, setup.adapter, batch).float()

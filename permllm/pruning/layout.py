@@ -130,7 +130,7 @@ def spread(shared: Sequence[SharedOrder], orders: Sequence[Permutation], widths:
     for one, order in zip(shared, orders, strict=True):
         for member in one.members:
             layers[member.layer][member.group] = member.group_order(order.order.cpu(), layers[member.layer][member.group])
-    return [{name: Permutation(order) for name, order in layer.items()} for layer in layers]
+    return [{name: Permutation(order.clone()) for name, order in layer.items()} for layer in layers]
 
 
 @torch.no_grad()

@@ -54,6 +54,11 @@ def test_searching_for_shared_orders_lowers_the_output_error(model, adapter, sta
     assert errors["search"] < errors["cp"] < errors["random"]
 
 
+def test_orders_of_different_groups_never_share_memory(model, adapter, statistics):
+    layers = found(model, adapter, statistics, "foldable", "cp")
+    assert len({order.order.data_ptr() for layer in layers for order in layer.values()}) == len(layers) * len(layers[0])
+
+
 def test_a_member_of_several_channels_converts_orders_both_ways():
     channels = torch.tensor([4, 5, 6, 7, 12, 13, 14, 15])
     member, own = Member(0, "attention_out", channels), torch.tensor([1, 3, 0, 2, 6, 4, 7, 5])
