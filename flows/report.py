@@ -1,6 +1,7 @@
 """Stage `report`: compare all settings of the run in a table and figures."""
 
 import json
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ def report(params: Params, setting: Setting) -> dict[str, Any]:
                 name, masks = _masks(params, model, pattern)
                 save_figure(mask_figure(masks, f"{name}, {pattern}"), folder / f"masks_{model}_{pattern.replace(':', 'of')}.png")
     write_json(REPORT / "summary.json", records(rows))
-    write_text(REPORT / "table.md", markdown_table(rows))
+    write_text(REPORT / "table.md", markdown_table(rows, _free_counterparts(params)))
     return {"rows": len(rows)}
 
 
@@ -39,6 +40,17 @@ def _metrics(params: Params, model: str, pattern: str) -> dict[str, dict[str, An
         stages = ("learn" if params.method(method).pruning().is_learned else "prune", "assemble", "evaluate")
         metrics[method] = {stage: _read(Setting(model, pattern, method).metrics(stage)) for stage in stages}
     return metrics
+
+
+def _free_counterparts(params: Params) -> dict[str, str]:
+    """Return for every method of another layout the one that differs from it in nothing else, if it is part of the run."""
+    methods = {name: params.method(name) for name in params.run.methods}
+    return {
+        name: other
+        for name, method in methods.items()
+        for other in methods
+        if method.layout != "free" and methods[other] == replace(method, layout="free")
+    }
 
 
 def _history(setting: Setting) -> list[dict[str, Any]]:

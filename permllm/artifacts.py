@@ -35,7 +35,10 @@ def replacing(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
+        partial.touch()
+        mode = partial.stat().st_mode  # what the user's umask says; safetensors writes files that only their owner may read
         yield partial
+        partial.chmod(mode)
         with partial.open("rb") as written:
             os.fsync(written.fileno())
         os.replace(partial, path)

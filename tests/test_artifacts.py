@@ -1,6 +1,7 @@
 """What is on disk is complete, and says what made it."""
 
 import json
+import os
 import shutil
 from collections import namedtuple
 
@@ -102,6 +103,16 @@ def test_a_manifest_of_another_kind_is_refused(tmp_path):
     write_manifest(tmp_path, "calibrate", {})
     with pytest.raises(StaleArtifactError, match="is a calibrate artifact of format 2, but this version reads prune artifacts of format 2"):
         read_manifest(tmp_path, "prune")
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_files_are_as_readable_as_the_user_wants(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        write_tensors(tmp_path / "weights.safetensors", {"a": torch.zeros(2)})
+    finally:
+        os.umask(before)
+    assert (tmp_path / "weights.safetensors").stat().st_mode & 0o777 == 0o666 & ~umask
 
 
 @pytest.mark.parametrize("other", [FORMAT + 1, 0, None])

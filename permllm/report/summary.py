@@ -82,16 +82,31 @@ def records(rows: Sequence[Row]) -> list[dict[str, Any]]:
     return [asdict(row) for row in rows]
 
 
-def markdown_table(rows: Sequence[Row]) -> str:
-    """Lay the rows out as one Markdown table per model and sparsity."""
+def markdown_table(rows: Sequence[Row], free: Mapping[str, str] | None = None) -> str:
+    """Lay the rows out as one Markdown table per model and sparsity.
+
+    Args:
+        free: by method of the layout `foldable`, the same method under `free`; their difference follows the table.
+    """
     tables = []
     for model, sparsity in dict.fromkeys((row.model, row.sparsity) for row in rows):
         part = [row for row in rows if (row.model, row.sparsity) == (model, sparsity)]
         tasks = list(dict.fromkeys(task for row in part for task in row.zero_shot))
         head = ["method", "perplexity", "gap closed", *tasks, "output error", "seconds"]
         lines = [head, ["---", *["---:"] * (len(head) - 1)], *[_cells(row, tasks) for row in part]]
-        tables.append("\n".join([f"**{model}, {sparsity}**", "", *(f"| {' | '.join(line)} |" for line in lines)]))
+        tables.append("\n".join([f"**{model}, {sparsity}**", "", *(f"| {' | '.join(line)} |" for line in lines), *_folding_costs(part, free or {})]))
     return "\n\n".join(tables) + "\n"
+
+
+def _folding_costs(rows: Sequence[Row], free: Mapping[str, str]) -> list[str]:
+    """Say what the layout `foldable` costs, a line per method."""
+    by_method = {row.method: row for row in rows}
+    lines = []
+    for method, other in free.items():
+        folded, unbound = by_method[method], by_method[other]
+        points = "" if folded.gap_closed is None else f", {100 * (unbound.gap_closed - folded.gap_closed):.0f} points of the gap less"
+        lines.append(f"Foldable against free orders, {other}: {folded.perplexity - unbound.perplexity:+.2f} perplexity{points}.")
+    return ["", *lines] if lines else []
 
 
 def _cells(row: Row, tasks: Sequence[str]) -> list[str]:

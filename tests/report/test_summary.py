@@ -1,6 +1,6 @@
 """The comparison of methods: what a row says, and how it is laid out."""
 
-from permllm.report.summary import gap_closed, markdown_table, records, summarize
+from permllm.report.summary import gap_closed, latency_table, markdown_table, records, summarize
 
 METRICS = {
     "dense": {"evaluate": {"perplexity": 5.0, "zero_shot": {"rte": {"acc": 0.6}}, "bytes": 10, "seconds": 2.0}},
@@ -38,3 +38,22 @@ def test_the_table_has_a_line_per_method_below_its_head():
     assert table.splitlines()[0] == "**m, 2:4**"
     assert table.splitlines()[2] == "| method | perplexity | gap closed | rte | output error | seconds |"
     assert table.splitlines()[-1] == "| permllm | 8.50 | 50% | 55.0% | 0.050 | 11 |"
+
+
+def test_what_folding_costs_follows_the_table():
+    metrics = {**METRICS, "permllm-foldable": {**METRICS["permllm"], "evaluate": {**METRICS["permllm"]["evaluate"], "perplexity": 9.9}}}
+    table = markdown_table(summarize("m", "2:4", metrics), {"permllm-foldable": "permllm"})
+    assert table.splitlines()[-2:] == ["", "Foldable against free orders, permllm: +1.40 perplexity, 20 points of the gap less."]
+
+
+def test_latencies_are_laid_out_with_dense_sparse_and_permutation():
+    shared = {"out": 8, "in": 4, "tokens": 1, "device": "cpu", "dtype": "float32", "pattern": "2:4", "dense_ms": 2.0, "permutation_ms": None}
+    rows = [
+        {**shared, "kernel": "dense", "ms": 2.0, "speedup": 1.0},
+        {**shared, "kernel": "dense_matvec", "ms": 1.5, "speedup": 1.33},
+        {**shared, "kernel": "packed", "ms": 1.0, "speedup": 2.0},
+        {**shared, "kernel": "packed+gather", "ms": 1.25, "speedup": 1.6, "permutation_ms": 0.2},
+        {**shared, "kernel": "semi_structured", "ms": None, "speedup": None},
+    ]
+    assert latency_table(rows).splitlines()[-1] == "| 8 x 4 | 1 | 2.000 | 1.000 | 1.250 | 0.200 | 1.60x | 1.500 |"
+    assert latency_table([row for row in rows if row["ms"] is None]) == "\n"
