@@ -1,6 +1,7 @@
 """Packed N:M weights times a few tokens on a CPU, for decoding, where reading the weight is what takes time.
 
-`cpu_matvec.c` is compiled on first use and kept in the user's cache. Where it cannot be, PyTorch computes the same product.
+For many tokens `expand` makes the weight dense. `cpu_matvec.c` is compiled on first use and kept in the user's cache. Where it
+cannot be, PyTorch computes the same.
 """
 
 import ctypes
@@ -23,10 +24,11 @@ from permllm.sparsity.packed import PackedWeight
 
 logger = logging.getLogger(__name__)
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("cpu_matvec.c", "cpu_matvec_rows.h"))
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("cpu_matvec.c", "cpu_matvec_rows.h", "cpu_expand_rows.h"))
 COMPILERS = ("cc", "gcc", "clang")  # tried after $CC
 FLAGS = ("-O2", "-std=gnu11", "-fPIC", "-shared", "-w")
-TYPES = {torch.float32: 0, torch.bfloat16: 1}  # enum type in cpu_matvec.c
+TYPES = {torch.float32: 0, torch.bfloat16: 1}  # enum work in cpu_matvec.c
+EXPANDED_TYPES = {torch.float32: 2, torch.bfloat16: 3, torch.float16: 3}  # the same
 REFERENCE = "reference"  # the name of PyTorch among the instruction sets
 
 
@@ -50,11 +52,25 @@ def instruction_sets(dtype: torch.dtype) -> tuple[str, ...]:
     Of `avx512_bf16` (bfloat16 only), `avx512`, `avx2` and `portable` those that the processor has, if the kernel is available;
     then `reference`, which is `reference_matvec`. `portable` is slower than a dense product in PyTorch.
     """
-    library, _ = _library()
+    return _variants(TYPES.get(dtype))
+
+
+@functools.cache
+def expanding_instruction_sets(dtype: torch.dtype) -> tuple[str, ...]:
+    """Return what can make a packed weight of a type dense here, in the order of preference.
+
+    Of `avx512_vbmi2` (16-bit types only), `avx512` (float32 only), `avx2` and `portable` those that the processor has, if the
+    kernel is available; then `reference`, which is `PackedWeight.dense`.
+    """
+    return _variants(EXPANDED_TYPES.get(dtype))
+
+
+def _variants(work: int | None) -> tuple[str, ...]:
+    """Return the instruction sets that do a work of the C kernel, and PyTorch."""
+    library = None if work is None else _library()[0]
     names = []
-    if library is not None and dtype in TYPES:
-        while (name := library.variant_name(TYPES[dtype], len(names))) is not None:
-            names.append(name.decode())
+    while library is not None and (name := library.variant_name(work, len(names))) is not None:
+        names.append(name.decode())
     return (*names, REFERENCE)
 
 
@@ -79,7 +95,7 @@ def matvec(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, instruct
             available.
     """
     _check(x, weight.values, weight.in_channels, bias)
-    instruction_set = _choose(instruction_set, x.dtype)
+    instruction_set = _choose(instruction_set, instruction_sets(x.dtype), x.dtype)
     if instruction_set == REFERENCE or 0 in (x.numel(), weight.values.numel()):
         return reference_matvec(x, weight, bias)
     return _run(x, weight.values, weight.bits, bias, instruction_set)
@@ -88,7 +104,7 @@ def matvec(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, instruct
 def dense_matvec(x: Tensor, weight: Tensor, bias: Tensor | None = None, instruction_set: str | None = None) -> Tensor:
     """Multiply with a dense weight, (out, in), by the same loop as `matvec`: their difference is what the packing gains."""
     _check(x, weight, weight.shape[-1], bias)
-    instruction_set = _choose(instruction_set, x.dtype)
+    instruction_set = _choose(instruction_set, instruction_sets(x.dtype), x.dtype)
     if instruction_set == REFERENCE or 0 in (x.numel(), weight.numel()):
         return _linear(x, weight, bias)
     return _run(x, weight, None, bias, instruction_set)
@@ -97,6 +113,31 @@ def dense_matvec(x: Tensor, weight: Tensor, bias: Tensor | None = None, instruct
 def reference_matvec(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
     """Compute what `matvec` means: unpack the weight, which is slow, multiply in float32, round."""
     return _linear(x, weight.dense(), bias)
+
+
+def expand(weight: PackedWeight, instruction_set: str | None = None) -> Tensor:
+    """Return `weight.dense()`, bit for bit but without gradients, as fast as memory is written. Threads are those of `matvec`.
+
+    Args:
+        weight: on the CPU; types other than float32, bfloat16 and float16 run in PyTorch.
+        instruction_set: one of `expanding_instruction_sets`; the first if None.
+
+    Raises:
+        ValueError: if the weight is not on the CPU, a gradient is asked for, or the instruction set is not available.
+    """
+    values, bits = weight.values.contiguous(), weight.bits.contiguous()
+    if not (values.is_cpu and bits.is_cpu):
+        raise ValueError(f"the CPU kernel expands weights on the CPU, not values on {values.device} and bits on {bits.device}")
+    _check_gradients({"weight": values})
+    instruction_set = _choose(instruction_set, expanding_instruction_sets(values.dtype), values.dtype)
+    if instruction_set == REFERENCE or values.numel() == 0:
+        return weight.dense()
+    dense = values.new_empty(weight.shape)
+    sizes = (*weight.shape, values.shape[1])
+    work, pointers = EXPANDED_TYPES[values.dtype], (values.data_ptr(), bits.data_ptr(), dense.data_ptr())
+    if _library()[0].expand(instruction_set.encode(), work, _parallel(), torch.get_num_threads(), *pointers, *sizes):
+        raise RuntimeError(f"the CPU kernel has no {instruction_set} for {values.dtype}")
+    return dense
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -113,12 +154,15 @@ def _check(x: Tensor, weight: Tensor, in_channels: int, bias: Tensor | None) -> 
         raise ValueError(f"a weight (out, {in_channels}) needs activations (..., {in_channels}), not {tuple(x.shape)}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"a weight of {len(weight)} output channels needs a bias ({len(weight)},), not {tuple(bias.shape)}")
+    _check_gradients(tensors)
+
+
+def _check_gradients(tensors: dict[str, Tensor]) -> None:
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors.values()):
         raise ValueError("the CPU kernel has no gradients; call it under torch.inference_mode() or torch.no_grad()")
 
 
-def _choose(instruction_set: str | None, dtype: torch.dtype) -> str:
-    available = instruction_sets(dtype)
+def _choose(instruction_set: str | None, available: tuple[str, ...], dtype: torch.dtype) -> str:
     if instruction_set is not None and instruction_set not in available:
         raise ValueError(f"instruction set {instruction_set!r} is not available for {dtype} here; choose from {', '.join(available)}")
     return instruction_set or available[0]
@@ -176,6 +220,7 @@ def _load(path: Path) -> ctypes.CDLL:
     number, pointer, size = ctypes.c_int, ctypes.c_void_p, ctypes.c_int64
     library.variant_name.argtypes, library.variant_name.restype = [number, number], ctypes.c_char_p
     library.matvec.argtypes = [ctypes.c_char_p, number, pointer, number, *[pointer] * 5, *[size] * 4]
+    library.expand.argtypes = [ctypes.c_char_p, number, pointer, number, *[pointer] * 3, *[size] * 3]
     return library
 
 

@@ -1,17 +1,5 @@
 /* The loop of cpu_matvec.c for one instruction set and type; see there for the macros. */
 
-/* Return where STEP values can be read: at `values`, or, where fewer are left before `end`, in `copy` with zeros behind them. */
-TARGET INLINE const VALUE *NAME(guard)(const VALUE *values, const VALUE *end, VALUE *copy)
-{
-    int64_t left = end - values;
-    if (left >= STEP)
-        return values;
-    memset(copy, 0, STEP * sizeof(VALUE));
-    if (left > 0)
-        memcpy(copy, values, left * sizeof(VALUE));
-    return copy;
-}
-
 /* Compute `rows` x `tokens` outputs and store those of the first `wanted` tokens. What follows `tail` is constant where this is
    inlined, so that loops over it unroll and sums stay in registers. */
 TARGET INLINE void NAME(block)(const struct job *job, int64_t row, int64_t token, int wanted, const VALUE *const *x, const VALUE (*tail)[STEP],
@@ -37,7 +25,7 @@ TARGET INLINE void NAME(block)(const struct job *job, int64_t row, int64_t token
             if (is_packed) {
                 BITS kept;
                 memcpy(&kept, bits[r] + channel / 8, sizeof kept);
-                weight[r] = NAME(expand)(is_guarded ? NAME(guard)(values[r], end, copy) : values[r], kept);
+                weight[r] = NAME(expand)(is_guarded ? guard(values[r], end, copy, sizeof copy) : values[r], kept);
                 if (channel % (64 / sizeof(VALUE)) == 0) {
                     PREFETCH(values[r] + rows * job->row_values);
                     PREFETCH(bits[r] + channel / 8 + rows * job->row_bytes);
@@ -63,9 +51,9 @@ TARGET INLINE void NAME(block)(const struct job *job, int64_t row, int64_t token
                 for (int64_t byte = whole / 8; byte < job->row_bytes; byte++)
                     kept |= (BITS)bits[r][byte] << 8 * (byte - whole / 8);
                 kept &= ((BITS)1 << (channels - whole)) - 1;
-                weight[r] = NAME(expand)(is_guarded ? NAME(guard)(values[r], end, copy) : values[r], kept);
+                weight[r] = NAME(expand)(is_guarded ? guard(values[r], end, copy, sizeof copy) : values[r], kept);
             } else
-                weight[r] = NAME(load)(NAME(guard)(values[r] + whole, values[r] + channels, copy));
+                weight[r] = NAME(load)(guard(values[r] + whole, values[r] + channels, copy, sizeof copy));
             UNROLL for (int t = 0; t < tokens; t++) sums[r][t] = NAME(dot)(sums[r][t], weight[r], NAME(load)(tail[t]));
         }
     UNROLL for (int r = 0; r < rows; r++)
@@ -102,9 +90,7 @@ TARGET static void NAME(rows)(const struct job *job, int64_t first, int64_t last
         x[t] = (const VALUE *)job->x + (token + (t < wanted ? t : wanted - 1)) * job->in_channels;
         memcpy(tail[t], x[t] + job->in_channels - left, left * sizeof(VALUE));
     }
-    /* The last rows could read past the end of the values, by a step or, should the bits be wrong, by a row. */
-    int64_t guarded = job->bits ? (job->in_channels + STEP) / job->row_values + 1 : 0;
-    int64_t row = first, safe = last < job->out_channels - guarded ? last : job->out_channels - guarded;
+    int64_t row = first, safe = at_most(last, job->out_channels - (job->bits ? guarded_rows(job, STEP) : 0));
     if (wanted == 1)
         row = NAME(blocks)(job, row, safe, token, wanted, x, tail, 1);
     else if (wanted == 2)

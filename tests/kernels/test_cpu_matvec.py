@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from permllm.kernels import cpu_matvec
-from permllm.kernels.cpu_matvec import dense_matvec, instruction_sets, matvec, reference_matvec, why_unavailable
+from permllm.kernels.cpu_matvec import dense_matvec, expand, expanding_instruction_sets, instruction_sets, matvec, reference_matvec, why_unavailable
 from permllm.sparsity.mask import nm_mask
 from permllm.sparsity.packed import PackedWeight, pack_weight
 from permllm.sparsity.pattern import NMPattern
@@ -21,12 +21,21 @@ VARIANTS = [
     for name in ("avx512_bf16", "avx512", "avx2", "portable", "reference")
     if (dtype, name) != (torch.float32, "avx512_bf16")
 ]
+EXPANDING_VARIANTS = [
+    (dtype, name)
+    for dtype, first in ((torch.float32, "avx512"), (torch.bfloat16, "avx512_vbmi2"), (torch.float16, "avx512_vbmi2"))
+    for name in (first, "avx2", "portable", "reference")
+]
+each_expanding_variant = pytest.mark.parametrize(
+    ("dtype", "instruction_set"), EXPANDING_VARIANTS, ids=[f"{name}-{str(dtype)[6:]}" for dtype, name in EXPANDING_VARIANTS]
+)
 each_variant = pytest.mark.parametrize(("dtype", "instruction_set"), VARIANTS, ids=[f"{name}-{str(dtype)[6:]}" for dtype, name in VARIANTS])
 
 
 def forget():
     cpu_matvec._library.cache_clear()
     instruction_sets.cache_clear()
+    expanding_instruction_sets.cache_clear()
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -53,8 +62,8 @@ def afresh(monkeypatch, tmp_path):
     forget()
 
 
-def skip_unless_available(dtype, instruction_set):
-    if instruction_set not in instruction_sets(dtype):
+def skip_unless_available(dtype, instruction_set, available=instruction_sets):
+    if instruction_set not in available(dtype):
         pytest.skip(f"this processor has no {instruction_set}")
 
 
@@ -62,6 +71,10 @@ def packed_weight(out_channels, in_channels, pattern="2:4", dtype=torch.float32)
     pattern = NMPattern.parse(pattern)
     weight = torch.randn(out_channels, in_channels).to(dtype)
     return pack_weight(weight.masked_fill(~nm_mask(weight.float().abs(), pattern), 0.0), pattern)
+
+
+def bits_of(weight):
+    return weight.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()])
 
 
 def assert_product(y, x, weight, bias=None):
@@ -134,9 +147,55 @@ def test_bfloat16_results_are_rounded_to_the_nearest_even():
         assert matvec(x, packed, None, instruction_set).flatten().tolist() == [1.0, 1 + 2**-6, 1 + 2**-7, float("-inf")]
 
 
+@each_expanding_variant
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_it_expands_any_shape_bit_for_bit(pattern, dtype, instruction_set):
+    skip_unless_available(dtype, instruction_set, expanding_instruction_sets)
+    torch.manual_seed(0)
+    group = NMPattern.parse(pattern).group
+    for in_channels in sorted({max(size // group, 1) * group for size in IN_CHANNELS}):
+        for out_channels in (1, 7, 130):
+            packed = packed_weight(out_channels, in_channels, pattern, dtype)
+            dense = expand(packed, instruction_set)
+            assert dense.dtype == dtype and torch.equal(bits_of(dense), bits_of(packed.dense()))
+
+
+@each_expanding_variant
+def test_it_moves_every_word_even_signalling_nan(dtype, instruction_set):
+    skip_unless_available(dtype, instruction_set, expanding_instruction_sets)
+    packed = packed_weight(37, 344, "2:4", dtype)
+    words = torch.randint(-(2**15), 2**15, (37, 172 * dtype.itemsize // 2), generator=torch.Generator().manual_seed(0)).to(torch.int16)
+    words[0] = torch.tensor([0, -0x8000, 0x7F81, 0x7C01]).to(torch.int16).repeat(words.shape[1] // 4)
+    values = words.view(dtype)
+    expected = PackedWeight(bits_of(values), packed.bits, packed.pattern, packed.in_channels).dense()
+    assert torch.equal(bits_of(expand(PackedWeight(values, packed.bits, packed.pattern, packed.in_channels), instruction_set)), expected)
+
+
+@each_expanding_variant
+def test_threads_expand_every_row(dtype, instruction_set):
+    skip_unless_available(dtype, instruction_set, expanding_instruction_sets)
+    packed = packed_weight(1003, 352, "4:8", dtype)
+    torch.set_num_threads(2)
+    try:
+        assert torch.equal(expand(packed, instruction_set), packed.dense())
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_strided_empty_and_double_weights_expand_too():
+    packed = packed_weight(6, 16)
+    strided = PackedWeight(packed.values.T.contiguous().T, packed.bits.T.contiguous().T, packed.pattern, packed.in_channels)
+    assert torch.equal(expand(strided), packed.dense())
+    assert expand(PackedWeight(packed.values[:0], packed.bits[:0], packed.pattern, 16)).shape == (0, 16)
+    double = packed_weight(6, 16, dtype=torch.float64)
+    assert torch.equal(expand(double), double.dense())
+    assert expanding_instruction_sets(torch.float64) == ("reference",)
+
+
 MEMORY_CHECK = """
 import ctypes, mmap, sys, torch
-from permllm.kernels.cpu_matvec import dense_matvec, instruction_sets, matvec
+from permllm.kernels import cpu_matvec
+from permllm.kernels.cpu_matvec import dense_matvec, expanding_instruction_sets, instruction_sets, matvec
 from permllm.sparsity.packed import PackedWeight
 from permllm.sparsity.pattern import NMPattern
 
@@ -164,6 +223,10 @@ for dtype in (torch.float32, torch.bfloat16):
                 y = matvec(x, weight, bias, name)
                 assert byte == 0xFF or y.unique().tolist() == [torch.tensor(in_channels // 2 + 1.0).to(dtype)]
                 dense_matvec(x, dense, bias, name)
+            for name in expanding_instruction_sets(dtype)[:-1]:
+                arguments = name.encode(), cpu_matvec.EXPANDED_TYPES[dtype], None, 1, values.data_ptr(), bits.data_ptr(), dense.data_ptr()
+                assert cpu_matvec._library()[0].expand(*arguments, out_channels, in_channels, in_channels // 2) == 0
+                assert byte == 0xFF or dense.unflatten(1, (-1, 4)).unique(dim=1).flatten().tolist() == [1.0, 1.0, 0.0, 0.0] * out_channels
 """
 
 
@@ -196,6 +259,17 @@ def test_an_instruction_set_that_is_not_here_is_refused_with_the_choices():
         matvec(torch.zeros(8), packed_weight(3, 8), None, "sse9")
 
 
+def test_a_weight_that_cannot_be_expanded_is_refused():
+    packed = packed_weight(3, 8)
+    with pytest.raises(ValueError, match="on the CPU, not values on meta"):
+        expand(packed.to("meta"))
+    with pytest.raises(ValueError, match=r"'sse9' is not available for torch.float32 here; choose from .*portable, reference"):
+        expand(packed, "sse9")
+    packed.values.requires_grad_()
+    with pytest.raises(ValueError, match="has no gradients; call it under"):
+        expand(packed)
+
+
 def test_the_type_or_device_that_makes_it_unavailable_is_named():
     assert why_unavailable(torch.device("cpu"), torch.bfloat16) is None
     assert "float32 and bfloat16, not torch.float16" in why_unavailable(torch.device("cpu"), torch.float16)
@@ -208,6 +282,7 @@ def test_without_a_compiler_pytorch_multiplies_and_the_log_says_so_once(afresh, 
         for _ in range(3):
             assert torch.equal(matvec(x, packed), reference_matvec(x, packed))
             assert_product(dense_matvec(x, packed.dense()), x, packed.dense())
+            assert torch.equal(expand(packed), packed.dense())
     (message,) = [record.getMessage() for record in caplog.records]
     assert re.search(r"no C compiler .* is on the PATH, install gcc or clang; PyTorch computes", message)
     assert "no C compiler" in why_unavailable(torch.device("cpu"), torch.float32) and instruction_sets(torch.float32) == ("reference",)

@@ -1,4 +1,5 @@
 import copy
+import time
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from permllm.sparsity.mask import nm_mask
 from permllm.sparsity.packed import pack_weight
 from permllm.sparsity.pattern import NMPattern
 
-TOKENS = [1, 2, 8, 9, 256, 257]
+TOKENS = [1, 2, 8, 9, 64, 65]
 
 
 def pair(pattern="2:4", dtype=torch.float32, bias=True, permutation=None, shape=(24, 40), seed=0):
@@ -58,9 +59,26 @@ def test_an_order_is_gathered(tokens):
 def test_few_tokens_run_the_kernel_and_many_the_dense_product(monkeypatch):
     _, packed = pair()
     monkeypatch.setattr(cpu_matvec, "why_unavailable", lambda device, dtype: None)
-    assert [packed.kernel(tokens) for tokens in (0, 1, 256, 257)] == ["dense", "cpu_matvec", "cpu_matvec", "dense"]
+    assert [packed.kernel(tokens) for tokens in (0, 1, 64, 65)] == ["dense", "cpu_matvec", "cpu_matvec", "dense"]
     monkeypatch.setattr(cpu_matvec, "why_unavailable", lambda device, dtype: "no compiler")
     assert packed.kernel(1) == "dense"
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("most_bytes", [1, 700, 10**6])
+def test_rows_made_dense_a_few_at_a_time_give_the_same_product(most_bytes, bias, monkeypatch):
+    dense, packed = pair(bias=bias)
+    expand, heights = cpu_matvec.expand, []
+    monkeypatch.setattr(packed_linear, "EXPANDED_BYTES", most_bytes)
+    monkeypatch.setattr(cpu_matvec, "expand", lambda weight: heights.append(len(weight.values)) or expand(weight))
+    torch.testing.assert_close(packed(activations(3, 100, 40)), dense(activations(3, 100, 40)))
+    assert heights == {1: [1] * 24, 700: [4] * 6, 10**6: [24]}[most_bytes]
+
+
+def test_the_weight_is_the_dense_one_bit_for_bit():
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        dense, packed = pair(dtype=dtype)
+        assert torch.equal(packed.weight, dense.weight) and packed.weight.dtype == dtype
 
 
 def test_without_a_kernel_the_product_is_the_same(monkeypatch):
@@ -69,7 +87,8 @@ def test_without_a_kernel_the_product_is_the_same(monkeypatch):
     torch.testing.assert_close(packed(activations(1, 40)), dense(activations(1, 40)))
 
 
-def test_gradients_of_the_input_are_those_of_the_dense_layer():
+def test_gradients_of_the_input_are_those_of_the_dense_layer(monkeypatch):
+    monkeypatch.setattr(packed_linear, "EXPANDED_BYTES", 700)
     dense, packed = pair(permutation=Permutation.random(40, torch.Generator().manual_seed(3)))
     gradients = []
     for layer in (dense, packed):
@@ -79,7 +98,8 @@ def test_gradients_of_the_input_are_those_of_the_dense_layer():
     torch.testing.assert_close(*gradients)
 
 
-def test_autocast_reaches_the_dense_product():
+def test_autocast_reaches_the_dense_product(monkeypatch):
+    monkeypatch.setattr(packed_linear, "EXPANDED_BYTES", 700)
     dense, packed = pair()
     x = activations(2, 40, dtype=torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
@@ -101,7 +121,8 @@ def test_the_zeros_take_no_memory():
 def test_tensor_cores_are_taken_where_they_are_faster(monkeypatch):
     layers = [pair(seed=seed)[1] for seed in (0, 1)]
     monkeypatch.setattr(prefill, "why_unavailable", lambda *arguments: None)
-    monkeypatch.setattr(prefill, "pack_semi_structured", lambda weight: weight)  # faster, as nothing is unpacked
+    monkeypatch.setattr(prefill, "pack_semi_structured", lambda weight: weight)
+    monkeypatch.setattr(cpu_matvec, "expand", lambda weight: time.sleep(1e-3) or weight.dense())
     assert choose_prefill(layers, 300) == {(24, 40): "semi_structured"}
     assert [layers[1].kernel(tokens) for tokens in (299, 300)] == ["dense", "semi_structured"]
     torch.testing.assert_close(layers[1](activations(300, 40)), torch.nn.functional.linear(activations(300, 40), layers[1].weight, layers[1].bias))
