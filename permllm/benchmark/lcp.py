@@ -244,14 +244,17 @@ STEPS = {"plain": _plain, "paper": _paper, "ours": _ours, "guided": _guided}
 
 
 def time_steps(shape: Shape, device: torch.device, variants: Sequence[str], steps: int) -> dict[str, list[float]]:
-    """Return the milliseconds of every step, by variant, and of `round`; the variants take turns after one step that is not counted."""
+    """Return the milliseconds of every step, by variant, and of `round`.
+
+    The variants take turns. Before a step is timed the same variant makes one that is not: what another variant left in
+    caches and in the allocator is not its doing, and training repeats one kind of step.
+    """
     benches = {variant: build(shape, device, variant) for variant in variants}
     times: dict[str, list[float]] = {variant: [] for variant in variants}
-    for number in range(steps + 1):
+    for _ in range(steps):
         for variant, bench in benches.items():
-            milliseconds = _milliseconds(bench.step, device)
-            if number:
-                times[variant].append(milliseconds)
+            bench.step()
+            times[variant].append(_milliseconds(bench.step, device))
     times["round"] = [_milliseconds(bench.round, device) for bench in benches.values() if bench.round]
     return times
 
