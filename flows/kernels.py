@@ -13,7 +13,7 @@ from flows.command import run_command
 from permllm.artifacts import versions, write_json, write_text
 from permllm.assembly.packed import write_packed
 from permllm.assembly.packed_model import load
-from permllm.benchmark.decoding import DENSE, PACKED, DecodingConfig, measure_decoding, random_sparse_model
+from permllm.benchmark.decoding import DENSE, PACKED, DecodingConfig, measure_decoding, peak_bytes, random_sparse_model
 from permllm.benchmark.linears import BenchmarkConfig, device_name, measure_linears
 from permllm.models.loading import DTYPES, ModelSource, load_model, resolve_device
 from permllm.report.figures import save_figure, speed_figure
@@ -64,7 +64,9 @@ def _whole_model(pattern: str, dtype: str, device: torch.device) -> list[dict[st
         name = random_sparse_model(masked, NMPattern.parse(pattern), DTYPES[dtype])
         write_packed(masked, packed, NMPattern.parse(pattern))
         models = {DENSE: load_model(ModelSource(str(masked), dtype, str(device))), PACKED: load(packed, str(device))}
-        return measure_decoding(models, name, pattern, DecodingConfig())
+        rows = measure_decoding(models, name, pattern, DecodingConfig())
+        peaks = {f"{prefix}peak_bytes": peak_bytes(path, str(device), dtype) for prefix, path in (("", packed), ("dense_", masked))}
+        return [{**row, **peaks} for row in rows]
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,6 +1,9 @@
 """Tokens per second of whole models, dense against packed: the prompt in one pass, and decoding token by token."""
 
+import json
 import resource
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,8 +14,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from permllm.assembly.packed_format import MANIFEST
+from permllm.assembly.packed_model import load
 from permllm.benchmark.linears import device_name
 from permllm.models.families import adapter_of
+from permllm.models.loading import ModelSource, load_model, resolve_device
 from permllm.sparsity.mask import nm_mask
 from permllm.sparsity.pattern import NMPattern
 
@@ -73,11 +79,21 @@ def weight_bytes(model: "PreTrainedModel") -> int:
     return sum(tensors.values())
 
 
-def peak_bytes(device: torch.device) -> int:
-    """Return the most memory that the process, or the GPU, has held so far."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def peak_bytes(folder: Path, device: str, dtype: str) -> int:
+    """Return the most memory that loading a checkpoint, masked or packed, and generating takes, in a process of its own."""
+    command = [sys.executable, "-m", "permllm.benchmark.decoding", str(folder), device, dtype]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def main() -> None:
+    """Load the checkpoint that the arguments name, generate, and print the peak."""
+    folder, on, dtype = sys.argv[1:]
+    device = resolve_device(on)
+    model = load(folder, on) if (Path(folder) / MANIFEST).exists() else load_model(ModelSource(folder, dtype, on))
+    with torch.inference_mode():
+        _generate(model, torch.arange(64, device=device)[None], 4)
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(json.dumps(peak))
 
 
 def _generate(model: "PreTrainedModel", prompt: Tensor, tokens: int) -> Tensor:
@@ -109,3 +125,7 @@ def random_sparse_model(folder: Path, pattern: NMPattern, dtype: torch.dtype, la
         weight.data.masked_fill_(~nm_mask(weight.data.float().abs(), pattern), 0.0)
     model.save_pretrained(folder)
     return f"random LLaMA, {layers} layers of width {hidden}"
+
+
+if __name__ == "__main__":
+    main()

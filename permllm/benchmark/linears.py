@@ -18,7 +18,7 @@ from torch.nn.functional import linear
 
 from permllm.kernels import cpu_matvec, gpu_matvec
 from permllm.kernels.channel_gather import gather_channels, multiply_by_matrix
-from permllm.kernels.packed_linear import MOST_DECODED_TOKENS
+from permllm.kernels.packed_linear import CPU_MATVEC, MOST_DECODED_TOKENS, PackedLinear
 from permllm.kernels.semi_structured import pack_semi_structured, why_unavailable
 from permllm.permutation.permutation import Permutation
 from permllm.sparsity.mask import nm_mask
@@ -78,7 +78,7 @@ class Row:
 
     Attributes:
         kernel: `dense`, `dense_compiled`, `dense_matvec` (the packed kernel's loop on the dense weight), `masked` (zeros in
-            a dense weight), `packed` and `packed+gather`, `semi_structured` and `semi_structured+gather` (2:4 on sparse
+            a dense weight), `packed` (as `PackedLinear` does it) and `packed+gather`, `semi_structured` and `semi_structured+gather` (2:4 on sparse
             tensor cores); `gather` and `permutation_matrix` are the permutation alone.
         runs: which code really ran.
         linears: how many linears of the model have this shape.
@@ -149,10 +149,10 @@ class _Bench:
         self.dense, self.masked, packed = weight.to(device), masked.to(device), pack_weight(masked, pattern).to(device)
         self.weights = [self.dense.clone() for _ in range(self.copies)]
         self.zeroed = [self.masked.clone() for _ in range(self.copies)]
-        self.packed = [PackedWeight(packed.values.clone(), packed.bits.clone(), pattern, in_channels) for _ in range(self.copies)]
-        self.why_not = {"semi_structured": why_unavailable(device, dtype, pattern, out_channels, in_channels)}
+        self.packed = [PackedLinear(PackedWeight(packed.values.clone(), packed.bits.clone(), pattern, in_channels)) for _ in range(self.copies)]
+        reason = cpu_matvec.why_unavailable(device, dtype) if device.type == "cpu" else gpu_matvec.why_unavailable(packed, device)
+        self.why_not = {"packed": reason, "semi_structured": why_unavailable(device, dtype, pattern, out_channels, in_channels)}
         self.semi_structured = [] if self.why_not["semi_structured"] else [pack_semi_structured(self.masked.clone()) for _ in range(self.copies)]
-        self.why_not["packed"] = (cpu_matvec.why_unavailable(device, dtype)) if device.type == "cpu" else gpu_matvec.why_unavailable(packed, device)
 
     def measure(self, tokens: int, config: BenchmarkConfig, shared: tuple) -> Iterator[Row]:
         x = torch.randn(tokens, self.permutation.order.numel(), generator=self.generator).to(self.device, self.dtype)
@@ -168,10 +168,9 @@ class _Bench:
             lower, ms, upper = medians[name]
             speedup = None if name in ("gather", "permutation_matrix") else dense_ms / ms
             permutation_ms = medians["gather"][1] if kernel.permutes else None
-            yield Row(name, *shared, self._runs(name), kernel.memory_bytes, ms, lower, upper, dense_ms, speedup, permutation_ms, errors[name])
-        for name in ("packed", "semi_structured"):
-            reason = self.why_not[name] or (f"takes up to {MOST_DECODED_TOKENS} tokens" if name == "packed" else None)
-            if name not in kernels:
+            yield Row(name, *shared, self._runs(name, tokens), kernel.memory_bytes, ms, lower, upper, dense_ms, speedup, permutation_ms, errors[name])
+        for name, reason in self.why_not.items():
+            if reason is not None:
                 yield Row(name, *shared, unavailable=reason)
 
     def _kernels(self, tokens: int) -> dict[str, Kernel]:
@@ -186,10 +185,9 @@ class _Bench:
             matrix = self.permutation.matrix(self.dtype)
             kernels["permutation_matrix"] = Kernel(lambda copy, x: multiply_by_matrix(x, matrix), matrix.nbytes, permutes=True)
         products: dict[str, tuple[Callable[[int, Tensor], Tensor], int]] = {}
-        if tokens <= MOST_DECODED_TOKENS and self.why_not["packed"] is None:
-            matvec = cpu_matvec.matvec if self.device.type == "cpu" else gpu_matvec.matvec
-            products["packed"] = (lambda copy, x: matvec(x, self.packed[copy])), self.packed[0].nbytes
-            if self.device.type == "cpu":
+        if self.why_not["packed"] is None:
+            products["packed"] = (lambda copy, x: self.packed[copy](x)), self.packed[0].packed.nbytes
+            if self.device.type == "cpu" and tokens <= MOST_DECODED_TOKENS:
                 kernels["dense_matvec"] = Kernel(lambda copy, x: cpu_matvec.dense_matvec(x, self.weights[copy]), self.dense.nbytes)
         if self.semi_structured:
             products["semi_structured"] = (lambda copy, x: linear(x, self.semi_structured[copy])), self.masked.nbytes * 9 // 16
@@ -225,9 +223,12 @@ class _Bench:
             raise ArithmeticError(f"{name} of shape {tuple(weight.shape)} and {len(x)} tokens is off by {error:.2g} of its largest output")
         return error
 
-    def _runs(self, name: str) -> str:
-        if name.startswith("packed") or name == "dense_matvec":
-            return f"C, {cpu_matvec.instruction_sets(self.dtype)[0]}" if self.device.type == "cpu" else "Triton"
+    def _runs(self, name: str, tokens: int) -> str:
+        if name.startswith("packed"):
+            kernel = self.packed[0].kernel(tokens)
+            return f"{kernel}, {cpu_matvec.instruction_sets(self.dtype)[0]}" if kernel == CPU_MATVEC else kernel
+        if name == "dense_matvec":
+            return f"{CPU_MATVEC}, {cpu_matvec.instruction_sets(self.dtype)[0]}"
         if name.startswith("semi_structured"):
             return type(self.semi_structured[0]).__name__
         return "torch.compile, frozen weights" if name == "dense_compiled" else "PyTorch"

@@ -5,7 +5,7 @@ from transformers import AutoModelForCausalLM
 
 from permllm.assembly.packed import write_packed
 from permllm.assembly.packed_model import load
-from permllm.benchmark.decoding import DENSE, PACKED, DecodingConfig, measure_decoding, random_sparse_model, weight_bytes
+from permllm.benchmark.decoding import DENSE, PACKED, DecodingConfig, measure_decoding, peak_bytes, random_sparse_model, weight_bytes
 from permllm.sparsity.pattern import NMPattern
 
 
@@ -19,3 +19,4 @@ def test_a_random_sparse_model_is_written_packed_and_measured(tmp_path):
     for row in rows:
         assert row["tokens_per_s"] > 0 and row["dense_tokens_per_s"] > 0 and row["same_text"]
         assert row["weight_bytes"] < row["dense_weight_bytes"] == weight_bytes(models[DENSE])
+    assert all(peak_bytes(tmp_path / name, "cpu", "float32") > 1e8 for name in ("packed", "masked"))
