@@ -66,7 +66,7 @@ def ablation_figure(records: Sequence[Mapping[str, Any]]) -> Figure:
         axes.tick_params(labelsize=8)
         axes.invert_yaxis()
         axes.spines[["top", "right"]].set_visible(False)
-    axes_of_panels[-1].set_xlabel("% of the perplexity gap between Wanda and dense that is closed (bar: mean, dots: seeds)", fontsize=8)
+    figure.supxlabel("% of the perplexity gap between Wanda and dense that is closed (bar: mean, dots: seeds)", fontsize=8)
     return figure
 
 
