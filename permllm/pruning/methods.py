@@ -1,6 +1,6 @@
 """Pruning one linear group: choose an order of its input channels, then masks, then perhaps new weights."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,11 +14,13 @@ from permllm.permutation.search import Problem
 from permllm.pruning.layout import LAYOUTS
 from permllm.pruning.metrics import PRUNING_METRICS
 from permllm.pruning.permutations import PERMUTATIONS
-from permllm.pruning.sparsegpt import sparsegpt
+from permllm.pruning.updates.least_squares import least_squares
+from permllm.pruning.updates.sparsegpt import sparsegpt
 from permllm.sparsity.mask import nm_mask
 from permllm.sparsity.pattern import NMPattern
 
-UPDATES = {"sparsegpt": sparsegpt}
+Update = Callable[[Tensor, ActivationStats, NMPattern, Tensor], tuple[Tensor, Tensor]]
+UPDATES: dict[str, Update] = {"sparsegpt": sparsegpt, "least_squares": least_squares}
 LEARNED_PERMUTATION = "lcp"
 
 
@@ -31,7 +33,7 @@ class PruningMethod:
         permutation: an entry of `PERMUTATIONS` (`identity`, `random`, `cp`, `search`), or `lcp` (learned).
         seed: of a random permutation and of the search.
         layout: `free`, every linear group its own order, or `foldable`, orders that fold away; see `LAYOUTS`.
-        update: what new values the kept weights get: None, or `sparsegpt`, which also chooses the masks.
+        update: what new values the kept weights get: None, or an entry of `UPDATES`, of which some choose the masks too.
 
     Raises:
         ValueError: if one of the names is unknown.
@@ -127,7 +129,7 @@ def prune_group(
     if method.update is None:
         linears = {path: PrunedLinear(_permuted_mask(score, permutation, pattern)) for path, score in scores.items()}
     else:
-        linears = {path: _updated(weight, stats, permutation, pattern, method.update) for path, weight in weights.items()}
+        linears = _updated(weights, scores, stats, permutation, pattern, lookup(UPDATES, method.update, "weight update"))
     kept = sum(float((scores[path] * linear.mask).sum(dtype=torch.float64)) for path, linear in linears.items())
     total = sum(float(score.sum(dtype=torch.float64)) for score in scores.values())
     return PrunedGroup(permutation, linears, kept / total if total else 1.0, _output_error(weights, linears, stats))
@@ -156,11 +158,16 @@ def _permuted_mask(score: Tensor, permutation: Permutation, pattern: NMPattern) 
     return permutation.inverse().apply(nm_mask(permutation.apply(score), pattern))
 
 
-def _updated(weight: Tensor, stats: ActivationStats, permutation: Permutation, pattern: NMPattern, update: str) -> PrunedLinear:
+def _updated(
+    weights: Mapping[str, Tensor], scores: Mapping[str, Tensor], stats: ActivationStats, permutation: Permutation, pattern: NMPattern, update: Update
+) -> dict[str, PrunedLinear]:
+    """Update all linears together, in the permuted order: they share their factorisations."""
+    weight, score = (permutation.apply(torch.cat([tensor.float() for tensor in tensors.values()])) for tensors in (weights, scores))
     gram = permutation.apply(permutation.apply(stats.gram, 0), 1)
-    new_weight, mask = UPDATES[update](permutation.apply(weight), ActivationStats(gram, stats.tokens), pattern)
-    back = permutation.inverse()
-    return PrunedLinear(back.apply(mask), back.apply(new_weight))
+    new_weight, mask = update(weight, ActivationStats(gram, stats.tokens), pattern, nm_mask(score, pattern))
+    rows, back = [len(linear) for linear in weights.values()], permutation.inverse()
+    parts = zip(weights, back.apply(mask).split(rows), back.apply(new_weight).split(rows), strict=True)
+    return {path: PrunedLinear(mask_part, weight_part) for path, mask_part, weight_part in parts}
 
 
 def _output_error(weights: Mapping[str, Tensor], linears: Mapping[str, PrunedLinear], stats: ActivationStats) -> float:

@@ -11,7 +11,7 @@ from permllm.permutation.permutation import Permutation
 from permllm.pruning.methods import PrunedLinear, PruningMethod, find_permutation, prune_group
 from permllm.pruning.metrics import PRUNING_METRICS, wanda
 from permllm.pruning.permutations import PERMUTATIONS
-from permllm.pruning.sparsegpt import sparsegpt
+from permllm.pruning.updates.sparsegpt import sparsegpt
 from permllm.sparsity.mask import is_nm_sparse, nm_mask
 from permllm.sparsity.pattern import NMPattern
 
@@ -209,7 +209,7 @@ def test_a_width_that_the_pattern_does_not_divide_is_refused():
     [
         ({"score": "wand"}, r"unknown score 'wand': choose one of magnitude, ria, wanda; did you mean 'wanda'\?"),
         ({"permutation": "none"}, r"unknown permutation 'none': choose one of cp, identity, lcp, random, search"),
-        ({"update": "obs"}, r"unknown weight update 'obs': choose one of sparsegpt"),
+        ({"update": "obs"}, r"unknown weight update 'obs': choose one of least_squares, sparsegpt"),
     ],
 )
 def test_unknown_choices_list_the_known_ones(settings, message):

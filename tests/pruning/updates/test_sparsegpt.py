@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from permllm.calibration.statistics import ActivationStats
-from permllm.pruning import sparsegpt as module
-from permllm.pruning.sparsegpt import inverse_cholesky, sparsegpt
+from permllm.pruning.updates import sparsegpt as module
+from permllm.pruning.updates.sparsegpt import inverse_cholesky, sparsegpt
 from permllm.sparsity.mask import nm_mask
 from permllm.sparsity.pattern import NMPattern
 
@@ -139,9 +139,10 @@ def test_neither_the_weight_nor_the_statistics_are_changed():
 
 
 def test_a_gram_matrix_that_is_not_positive_definite_is_an_error():
-    weight, _, stats = correlated()
-    with pytest.raises(torch.linalg.LinAlgError):
-        sparsegpt(weight, ActivationStats(-stats.gram, 400), NMPattern(2, 4))
+    weight, _, _ = correlated()
+    gram = torch.full((16, 16), 4.0).fill_diagonal_(1.0)  # eigenvalues -3 and 61
+    with pytest.raises(torch.linalg.LinAlgError, match=r"even with 1 of its mean diagonal added; gather the statistics again"):
+        sparsegpt(weight, ActivationStats(gram, 400), NMPattern(2, 4))
 
 
 def test_a_width_that_the_group_does_not_divide_is_refused():
