@@ -14,13 +14,19 @@ from permllm.permutation.search import Problem
 from permllm.pruning.layout import LAYOUTS
 from permllm.pruning.metrics import PRUNING_METRICS
 from permllm.pruning.permutations import PERMUTATIONS
+from permllm.pruning.updates.admm import adaptive_admm, admm
+from permllm.pruning.updates.alps import alps
 from permllm.pruning.updates.least_squares import least_squares
 from permllm.pruning.updates.sparsegpt import sparsegpt
+from permllm.pruning.updates.swaps import fitted_swaps, swaps
 from permllm.sparsity.mask import nm_mask
 from permllm.sparsity.pattern import NMPattern
 
 Update = Callable[[Tensor, ActivationStats, NMPattern, Tensor], tuple[Tensor, Tensor]]
-UPDATES: dict[str, Update] = {"sparsegpt": sparsegpt, "least_squares": least_squares}
+UPDATES: dict[str, Update] = {
+    "sparsegpt": sparsegpt, "least_squares": least_squares, "admm": admm, "adaptive_admm": adaptive_admm, "alps": alps,
+    "swaps": swaps, "fitted_swaps": fitted_swaps,
+}  # fmt: skip
 LEARNED_PERMUTATION = "lcp"
 
 

@@ -209,7 +209,7 @@ def test_a_width_that_the_pattern_does_not_divide_is_refused():
     [
         ({"score": "wand"}, r"unknown score 'wand': choose one of magnitude, ria, wanda; did you mean 'wanda'\?"),
         ({"permutation": "none"}, r"unknown permutation 'none': choose one of cp, identity, lcp, random, search"),
-        ({"update": "obs"}, r"unknown weight update 'obs': choose one of least_squares, sparsegpt"),
+        ({"update": "obs"}, r"unknown weight update 'obs': choose one of adaptive_admm, admm, alps, fitted_swaps, least_squares, sparsegpt, swaps"),
     ],
 )
 def test_unknown_choices_list_the_known_ones(settings, message):

@@ -42,7 +42,8 @@ def damped(factorise: Callable[[float], Tensor], damping: float) -> tuple[Tensor
             larger = tried * ESCALATION
             if larger > LARGEST_DAMPING:
                 raise torch.linalg.LinAlgError(
-                    f"the Gram matrix is not positive definite, even with {tried:g} of its mean diagonal added; gather the statistics again with `calibrate`"
+                    "the Gram matrix is not positive definite, even with "
+                    f"{tried:g} of its mean diagonal added; gather the statistics again with `calibrate`"
                 ) from error
             tried = larger
         else:
