@@ -72,7 +72,7 @@ def prune(
         pattern: "N:M", N kept of every M.
         score: `magnitude`, `wanda` or `ria`.
         permutation: `identity`, `random`, `cp` (heuristic), `search` or `lcp` (learned).
-        update: None, or `sparsegpt` to update the kept weights.
+        update: None, or an entry of `permllm.pruning.methods.UPDATES`, for example `alps`, to update the kept weights.
         sequences: calibration sequences; with `lcp` one eighth of them is held out to choose the best epoch.
         length: tokens per sequence; None for the model's context, at most 1024.
         layout: `free`, every linear group its own order, or `foldable`, orders that fold away into a stock checkpoint.

@@ -196,8 +196,8 @@ class LearnConfig:
             raise ValueError("; ".join(misfits))
 
 
-# PermLLM (NeurIPS 2025), section 5; the release draws its first permutations at random.
-PUBLISHED_LEARNING_RATES = {"magnitude": 1e-3, "wanda": 1e-3, "ria": 5e-3}
+# PermLLM (NeurIPS 2025), section 5; the release draws its first permutations at random. OBS, not in the paper, is of Wanda's scale.
+PUBLISHED_LEARNING_RATES = {"magnitude": 1e-3, "wanda": 1e-3, "ria": 5e-3, "obs": 1e-3}
 RECIPES: dict[str, dict[str, Any]] = {
     "paper": {},
     # The text's own next tokens lower the perplexity, the dense model's keep the answers close to it.

@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 
 from permllm.calibration.statistics import ActivationStats
+from permllm.pruning.updates.reconstruction import check_gram, scaled_gram
+
+OBS_DAMPING = 0.01  # of the diagonal of the Gram matrix, once its channels are scaled to unit norm
 
 
 @dataclass(frozen=True)
@@ -62,4 +65,20 @@ def ria(weight: Tensor, stats: ActivationStats) -> Score:
     return Score(strength / column_sum, strength, 1 / row_sum)
 
 
-PRUNING_METRICS = {"magnitude": magnitude, "wanda": wanda, "ria": ria}
+def obs(weight: Tensor, stats: ActivationStats) -> Score:
+    """Score by |W_ij| / sqrt([G^-1]_jj), the root of the output error without this weight if all others adapt; G is damped.
+
+    Raises:
+        ValueError: if the Gram matrix is no such; see `check_gram`.
+        torch.linalg.LinAlgError: if no damping makes it positive definite.
+
+    Source: Hassibi & Stork, "Optimal Brain Surgeon" (NIPS 1992), for all weights of a row that see one input.
+    """
+    check_gram(stats, weight.shape[1])
+    gram, scale, _ = scaled_gram(stats, OBS_DAMPING)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram.double()))
+    strength = (scale / inverse.diagonal().sqrt()).float()
+    return Score(strength.masked_fill(stats.gram.diagonal() == 0, 0.0))  # a channel that is always zero
+
+
+PRUNING_METRICS = {"magnitude": magnitude, "wanda": wanda, "ria": ria, "obs": obs}

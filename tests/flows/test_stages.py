@@ -113,7 +113,7 @@ def test_the_whole_pipeline_runs_on_a_tiny_model(project: Path):
     [
         ("run/models", ["llama-9"], "unknown model 'llama-9': choose one of tiny"),
         ("run/methods", ["wandaa"], "unknown method 'wandaa'.*did you mean 'wanda'"),
-        ("methods/wanda", {"score": "wand"}, "unknown score 'wand'.*magnitude, ria, wanda"),
+        ("methods/wanda", {"score": "wand"}, "unknown score 'wand'.*magnitude, obs, ria, wanda"),
         ("methods/wanda", {"score": "wanda", "layout": "folded"}, "unknown layout 'folded': choose one of foldable, free"),
         ("methods/wanda", {"scoer": "wanda"}, "methods.wanda.scoer: Unexpected keyword argument"),
         ("run/patterns", ["4:2", "0:4", "a:b"], "4:2 needs 0 < N < M.*0:4 needs 0 < N < M.*'a:b' is not of the form N:M"),

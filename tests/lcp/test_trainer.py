@@ -639,7 +639,7 @@ def test_block_sizes_that_differ_from_the_one_asked_for_are_logged(learn, caplog
 
 @pytest.mark.parametrize("family", ["llama"], indirect=True)
 def test_an_unknown_score_lists_the_known_ones(learn):
-    with pytest.raises(ValueError, match="magnitude, ria, wanda"):
+    with pytest.raises(ValueError, match="magnitude, obs, ria, wanda"):
         learn("wand")
 
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from permllm.calibration.statistics import ActivationStats
-from permllm.pruning.metrics import PRUNING_METRICS, magnitude, ria, wanda
+from permllm.pruning.metrics import PRUNING_METRICS, magnitude, obs, ria, wanda
 
 WEIGHT = torch.tensor([[1.0, -2.0, 0.0, 4.0], [3.0, 2.0, 0.0, -1.0]])
-STATS = ActivationStats(torch.tensor([[1.0, 9.0, 9.0, 9.0], [9.0, 4.0, 9.0, 9.0], [9.0, 9.0, 9.0, 9.0], [9.0, 9.0, 9.0, 0.0]]), 100)
+STATS = ActivationStats(torch.tensor([[1.0, 1.0, 1.0, 0.0], [1.0, 4.0, 3.0, 0.0], [1.0, 3.0, 9.0, 0.0], [0.0, 0.0, 0.0, 0.0]]), 100)
 
 
 def random_case(out_channels=6, channels=16):
@@ -29,6 +29,23 @@ def test_ria_is_the_share_of_row_and_column_times_the_root_of_the_norm():
     root = 2**0.5
     expected = [[1 / 4 + 1 / 7, (2 / 4 + 2 / 7) * root, 0, 0], [3 / 4 + 3 / 6, (2 / 4 + 2 / 6) * root, 0, 0]]
     torch.testing.assert_close(ria(WEIGHT, STATS).of(WEIGHT), torch.tensor(expected))
+
+
+def test_obs_is_the_root_of_the_error_without_a_weight_if_all_others_adapt():
+    weight, stats = random_case()
+    gram = stats.gram.double() + 0.01 * stats.gram.double().diagonal().diag()
+    score = obs(weight, stats).of(weight)
+    for channel in (0, 7, 15):
+        others = [other for other in range(16) if other != channel]
+        change = torch.linalg.solve(gram[others][:, others], gram[others, channel])  # of the others, for a weight of 1 that goes
+        remaining = gram[channel, channel] - gram[channel, others] @ change
+        torch.testing.assert_close(score[:, channel].double(), weight[:, channel].double().abs() * remaining.sqrt(), rtol=1e-4, atol=1e-6)
+
+
+def test_obs_of_uncorrelated_channels_is_wandas_score():
+    weight, stats = random_case()
+    uncorrelated = ActivationStats(stats.gram.diagonal().diag(), 50)
+    torch.testing.assert_close(obs(weight, uncorrelated).of(weight), wanda(weight, uncorrelated).of(weight) * 1.01**0.5)
 
 
 @pytest.mark.parametrize("name", sorted(PRUNING_METRICS))

@@ -18,7 +18,7 @@ from permllm.sparsity.pattern import NMPattern
 PATTERN = NMPattern(2, 4)
 METHODS = [
     PruningMethod(score, permutation, update)
-    for score, permutation, update in product(PRUNING_METRICS, ("identity", "random", "cp", "search", "lcp"), (None, "sparsegpt"))
+    for score, permutation, update in product(PRUNING_METRICS, ("identity", "random", "cp", "search", "lcp"), (None, "sparsegpt", "alps"))
 ]
 
 
@@ -180,7 +180,15 @@ def test_scores_that_are_not_finite_are_refused(permutation, broken):
 
 
 @pytest.mark.parametrize(
-    "method", [PruningMethod(), PruningMethod(permutation="cp"), PruningMethod(permutation="search"), PruningMethod(update="sparsegpt")], ids=str
+    "method",
+    [
+        PruningMethod(),
+        PruningMethod(permutation="cp"),
+        PruningMethod(permutation="search"),
+        PruningMethod(update="sparsegpt"),
+        PruningMethod(update="alps"),
+    ],
+    ids=str,
 )
 def test_a_group_that_computes_nothing_can_be_pruned(method):
     """Depth-extended models have layers whose output projections are zero."""
@@ -207,7 +215,7 @@ def test_a_width_that_the_pattern_does_not_divide_is_refused():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"score": "wand"}, r"unknown score 'wand': choose one of magnitude, ria, wanda; did you mean 'wanda'\?"),
+        ({"score": "wand"}, r"unknown score 'wand': choose one of magnitude, obs, ria, wanda; did you mean 'wanda'\?"),
         ({"permutation": "none"}, r"unknown permutation 'none': choose one of cp, identity, lcp, random, search"),
         ({"update": "obs"}, r"unknown weight update 'obs': choose one of adaptive_admm, admm, alps, fitted_swaps, least_squares, sparsegpt, swaps"),
     ],

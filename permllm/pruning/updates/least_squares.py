@@ -13,7 +13,7 @@ from permllm.pruning.updates.reconstruction import Reconstruction
 from permllm.sparsity.pattern import NMPattern
 
 DAMPING = 0.01  # of the scaled Gram matrix's diagonal
-MOST_KEPT_EXACTLY = 512  # weights of a row that are solved for directly: beyond, conjugate gradients are faster
+MOST_KEPT_EXACTLY = 128  # weights of a row that are solved for directly: beyond, conjugate gradients are faster
 BATCH_BYTES = 2**27  # of the matrices that are factorised at once
 MOST_STEPS = 300  # of conjugate gradients, between two exact residuals
 STEP_TOLERANCE = 1e-4  # by how much the steps between two exact residuals shrink it: float32 does not reach much further

@@ -71,6 +71,26 @@ def check_gram(stats: ActivationStats, channels: int) -> None:
         )  # fmt: skip
 
 
+def scaled_gram(stats: ActivationStats, damping: float) -> tuple[Tensor, Tensor, float]:
+    """Return H and s, float32, and the damping on H's diagonal: more than asked for where that leaves it indefinite.
+
+    Raises:
+        torch.linalg.LinAlgError: if no damping makes it positive definite.
+    """
+    scale = stats.norms.clone()
+    scale[scale == 0] = 1.0  # a channel that is always zero: only damping acts on its weights, and keeps them
+    scaled = (stats.gram.double() / scale.double() / scale.double()[:, None]).float()
+
+    def positive_definite(tried: float) -> Tensor:
+        gram = scaled.clone()
+        gram.diagonal().add_(tried)
+        torch.linalg.cholesky(gram)
+        return gram
+
+    gram, used = damped(positive_definite, damping)
+    return gram, scale, used
+
+
 @dataclass(frozen=True)
 class Reconstruction:
     """The least squares problem that a weight update solves, in scaled channels; see the top of the file.
@@ -98,17 +118,7 @@ class Reconstruction:
             torch.linalg.LinAlgError: if no damping makes the Gram matrix positive definite.
         """
         check_gram(stats, weight.shape[1])
-        dense, scale = weight.float(), stats.norms.clone()
-        scale[scale == 0] = 1.0  # a channel that is always zero: only damping acts on its weights, and keeps them
-        scaled = (stats.gram.double() / scale.double() / scale.double()[:, None]).float()
-
-        def positive_definite(tried: float) -> Tensor:
-            gram = scaled.clone()
-            gram.diagonal().add_(tried)
-            torch.linalg.cholesky(gram)
-            return gram
-
-        gram, used = damped(positive_definite, damping)
+        dense, (gram, scale, used) = weight.float(), scaled_gram(stats, damping)
         return cls(dense, dense * scale, gram, scale, used)
 
     def errors(self, solution: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from permllm.pruning.updates.reconstruction import Reconstruction
 from permllm.sparsity.pattern import NMPattern
 
 MOST_ROUNDS = 200
+MOST_FITS = 10  # rounds if the weights are solved for in each: the first ones gain most
 FIRST_SHARE = 0.25  # of the groups, that swap together at first
 SMALLEST_GAIN = 1e-6  # of a row's error: smaller ones are rounding
 WIDEST_ADAPTING = 1024  # channels up to which swaps are priced with all other weights adapting: it takes in^3 per row
@@ -58,11 +59,11 @@ def fitted_swaps(weight: Tensor, stats: ActivationStats, pattern: NMPattern, mas
 def refine_fit(problem: Reconstruction, pattern: NMPattern, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Return V, the optimum on a mask that swaps no longer improve, and the mask, from a mask to start with."""
     adapts = len(problem.gram) <= WIDEST_ADAPTING
-    return refine(problem, pattern, mask, fit, price_adapting if adapts else price_fixed)
+    return refine(problem, pattern, mask, fit, price_adapting if adapts else price_fixed, MOST_FITS)
 
 
-def refine(problem: Reconstruction, pattern: NMPattern, mask: Tensor, solve: Solve, price: Price) -> tuple[Tensor, Tensor]:
-    """Make swaps until none lowers the damped error; no row's ever rises.
+def refine(problem: Reconstruction, pattern: NMPattern, mask: Tensor, solve: Solve, price: Price, rounds: int = MOST_ROUNDS) -> tuple[Tensor, Tensor]:
+    """Make swaps until none lowers the damped error, or so many rounds are over; no row's error ever rises.
 
     Returns:
         V (out, in) on the mask, and the mask.
@@ -72,7 +73,7 @@ def refine(problem: Reconstruction, pattern: NMPattern, mask: Tensor, solve: Sol
     groups = mask.shape[1] // pattern.group
     together = torch.full_like(errors, max(round(FIRST_SHARE * groups), 1), dtype=torch.int64)  # swaps a row makes at once
     rows = torch.arange(len(mask), device=mask.device)
-    for _ in range(MOST_ROUNDS):
+    for _ in range(rounds):
         part = replace(problem, weight=problem.weight[rows], target=problem.target[rows])
         tried, made = _swapped(part, pattern, mask[rows], solution[rows], errors[rows], together[rows], price)
         is_open = made > 0
