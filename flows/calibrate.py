@@ -9,9 +9,8 @@ from permllm.calibration.capture import dense_statistics
 from permllm.calibration.samples import draw_windows, tokenize
 from permllm.calibration.storage import calibration_bytes, save_calibration
 from permllm.calibration.texts import read_documents
-from permllm.models.checkpoint_files import CheckpointFiles
-from permllm.models.families import adapter_of
-from permllm.models.loading import load_model, load_tokenizer
+from permllm.models.loading import load_tokenizer
+from permllm.models.streaming import StreamedModel
 from permllm.params import Params
 
 
@@ -22,14 +21,12 @@ def calibrate(params: Params, setting: Setting) -> dict[str, Any]:
     config, source = model_params.calibrate, model_params.model_source()
     tokens = tokenize(list(read_documents(config.text).values()), load_tokenizer(source))
     samples = draw_windows(tokens, config.sequences, config.length, config.seed, config.held_out)
-    model = load_model(source)
-    adapter = adapter_of(model)
-    need_disk(setting.path("calibrate"), calibration_bytes(adapter, adapter.layers(model)))
-    statistics = dense_statistics(model, adapter, samples.tokens[samples.training_rows], config.batch_size)
+    model = StreamedModel.open(source)
+    need_disk(setting.path("calibrate"), calibration_bytes(model.adapter, model.adapter.layers(model.model)))
+    statistics = dense_statistics(model, samples.tokens[samples.training_rows], config.batch_size, model_params.keep_hidden())
     with replacing_folder(setting.path("calibrate")) as folder:
         record = {"text": str(config.text), "seed": config.seed}
-        fingerprint = CheckpointFiles.find(source.folder()).fingerprint()
-        save_calibration(folder, samples, progress(statistics, "calibrate layer", len(adapter.layers(model))), fingerprint, record)
+        save_calibration(folder, samples, progress(statistics, "calibrate layer", len(model)), model.files.fingerprint(), record)
     return {"text_tokens": tokens.numel(), "calibration_tokens": samples.tokens[samples.training_rows].numel()}
 
 

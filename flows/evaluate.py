@@ -6,8 +6,8 @@ from typing import Any
 from flows.paths import Setting
 from flows.stage import run_stage
 from permllm.evaluation import evaluate as library
-from permllm.models.checkpoint_files import CheckpointFiles
 from permllm.models.loading import load_model, load_tokenizer
+from permllm.models.streaming import StreamedModel
 from permllm.params import DENSE, Params
 
 
@@ -18,8 +18,9 @@ def evaluate(params: Params, setting: Setting) -> dict[str, Any]:
     tokenizer = load_tokenizer(source)
     if setting.method != DENSE:
         source = replace(source, source=str(setting.path("assemble")), revision=None)
-    model = load_model(source)
-    return {**library.evaluate(model, tokenizer, model_params.evaluate), "bytes": CheckpointFiles.find(source.folder()).total_bytes()}
+    streamed = StreamedModel.open(source)
+    measured = library.evaluate(streamed, lambda: load_model(source), tokenizer, model_params.evaluate, model_params.keep_hidden())
+    return {**measured, "bytes": streamed.files.total_bytes()}
 
 
 def main(argv: list[str] | None = None) -> None:

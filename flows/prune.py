@@ -10,7 +10,8 @@ from permllm.artifacts import StaleArtifactError, need_disk, replacing_folder
 from permllm.calibration.storage import Calibration, load_calibration
 from permllm.models.adapter import Heads
 from permllm.models.checkpoint_files import CheckpointFiles
-from permllm.models.loading import load_adapter, load_config, load_model, resolve_device
+from permllm.models.loading import load_adapter, load_config, resolve_device
+from permllm.models.streaming import StreamedModel
 from permllm.params import Params
 from permllm.pruning.layerwise import checkpoint_weights, prune_in_parallel, prune_in_sequence
 from permllm.pruning.layout import find_permutations
@@ -28,12 +29,13 @@ def prune(params: Params, setting: Setting) -> dict[str, Any]:
     need_disk(setting.path("prune"), pruning_bytes(files, method))
     permutations = None
     if method.layout != "free":  # orders that layers share are found for all of them first, from the dense model's activations
-        weights, heads = list(checkpoint_weights(files, adapter, len(statistics), statistics.device)), Heads.of(load_config(source))
+        weights, heads = checkpoint_weights(files, adapter, len(statistics), statistics.device), Heads.of(load_config(source))
         generator = torch.Generator().manual_seed(method.seed)
         permutations = find_permutations(method.layout, method.permutation, method.score, weights, adapter, heads, statistics, pattern, generator)
     if model_params.prune.sequential:
         tokens = calibration.samples.tokens[calibration.samples.training_rows]
-        layers = prune_in_sequence(load_model(source), adapter, tokens, model_params.calibrate.batch_size, pattern, method, permutations)
+        keep, batch_size = model_params.keep_hidden(), model_params.calibrate.batch_size
+        layers = prune_in_sequence(StreamedModel.open(source), tokens, batch_size, pattern, method, permutations, keep)
     else:
         weights = checkpoint_weights(files, adapter, len(statistics), statistics.device)
         layers = prune_in_parallel(weights, adapter, statistics, pattern, method, permutations)

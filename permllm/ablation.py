@@ -21,6 +21,7 @@ from permllm.lcp.recipes import RECIPES, LearnConfig
 from permllm.lcp.trainer import find_starts, learn_permutations
 from permllm.lookup import lookup
 from permllm.models.adapter import ModelAdapter
+from permllm.models.streaming import LoadedModel
 from permllm.pruning.layerwise import apply_layer, model_weights, prune_in_parallel
 from permllm.pruning.methods import LEARNED_PERMUTATION, PruningMethod
 from permllm.pruning.permutations import PERMUTATIONS, LayerPermutations
@@ -157,7 +158,7 @@ class Subject:
     def references(self, pattern: NMPattern) -> dict[str, float]:
         """Return the perplexity of the dense model and of the baseline, by the names that `gap_closed` knows."""
         models = {DENSE: self.model, BASELINE: self._pruned(pattern, BASELINE, "identity")}
-        return {name: perplexity(model, self.text, self.length) for name, model in models.items()}
+        return {name: perplexity(LoadedModel(model, self.adapter), self.text, self.length) for name, model in models.items()}
 
     def starts(self, pattern: NMPattern, score: str, permutation: str, seed: int, layout: str) -> list[LayerPermutations]:
         """Return the permutations that a method without learning finds."""
@@ -184,7 +185,11 @@ class Subject:
             record |= {name: getattr(config, name) for name in SWITCHES} | {"best_epoch": result.best.epoch, "stopped": result.stopped}
             record["learning_rate"] = config.rate(row.score)
         pruned = self._pruned(pattern, row.score, LEARNED_PERMUTATION, permutations)
-        return {"perplexity": round(perplexity(pruned, self.text, self.length), 4), "heldout_loss": round(self._divergence(pruned), 6), **record}
+        return {
+            "perplexity": round(perplexity(LoadedModel(pruned, self.adapter), self.text, self.length), 4),
+            "heldout_loss": round(self._divergence(pruned), 6),
+            **record,
+        }
 
     def _pruned(self, pattern: NMPattern, score: str, permutation: str, permutations: Sequence[LayerPermutations] | None = None) -> "PreTrainedModel":
         pruned, method = deepcopy(self.model), PruningMethod(score, permutation)

@@ -15,6 +15,7 @@ from permllm.lcp.trainer import EpochRecord, learn_permutations
 from permllm.models.adapter import Heads, check_finite
 from permllm.models.families import adapter_of
 from permllm.models.loading import check_length, context_length
+from permllm.models.streaming import LoadedModel
 from permllm.permutation.permutation import Permutation
 from permllm.pruning.layerwise import apply_layer, model_weights, prune_in_parallel
 from permllm.pruning.layout import find_permutations
@@ -96,7 +97,7 @@ def prune(
     length = length or min(LONGEST_DEFAULT, context_length(model.config))
     check_length(length, model.config, "length")
     samples = draw_windows(tokenize(texts, tokenizer), sequences, length, seed, math.ceil(sequences / 8) if method.is_learned else 0)
-    statistics = list(dense_statistics(model, adapter, samples.tokens[samples.training_rows], batch_size))
+    statistics = list(dense_statistics(LoadedModel(model, adapter), samples.tokens[samples.training_rows], batch_size))
     learned = learn_permutations(model, adapter, samples, statistics, parsed, score, config) if method.is_learned else None
     permutations = learned and learned.permutations
     if not method.is_learned and layout != "free":

@@ -10,6 +10,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from permllm.ablation import AblationConfig, NamedRows, SwitchRows
 from permllm.artifacts import read_yaml
 from permllm.benchmark.linears import BenchmarkConfig
+from permllm.calibration.capture import HIDDEN_STATES, HiddenStates
 from permllm.calibration.samples import CalibrateConfig
 from permllm.calibration.texts import TextSource
 from permllm.evaluation.evaluate import EvaluateConfig, PerplexityConfig, ZeroShotConfig
@@ -61,18 +62,35 @@ class MethodParams:
 
 @dataclass(frozen=True)
 class ModelParams:
-    """A model, how it is held, and its budget: the settings of every stage."""
+    """A model, how it is held, and its budget: the settings of every stage.
+
+    Attributes:
+        hidden_states: where those of all sequences are kept while a model is run layer by layer: in `memory`, in a file
+            on `disk`, or on the `device`. No result depends on it.
+    """
 
     source: str
     calibrate: CalibrateConfig
     evaluate: EvaluateConfig
     dtype: str = "float32"
     device: str = "auto"
+    hidden_states: str = "memory"
     revision: str | None = None
     trust_remote_code: bool = False
     prune: PruneConfig = PruneConfig()
     learn: Mapping[str, Any] = field(default_factory=dict)
     benchmark: BenchmarkConfig = BenchmarkConfig()
+
+    def __post_init__(self) -> None:
+        self.keep_hidden()
+
+    def keep_hidden(self) -> HiddenStates:
+        """Return what keeps the hidden states.
+
+        Raises:
+            ValueError: if `hidden_states` is unknown.
+        """
+        return lookup(HIDDEN_STATES, self.hidden_states, "hidden_states")
 
     def model_source(self) -> ModelSource:
         """Return where the model comes from."""

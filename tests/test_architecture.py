@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 FLOORS = [  # from the bottom up
-    ("permllm.lookup", "permllm.artifacts", "permllm.sparsity"),
+    ("permllm.lookup", "permllm.artifacts", "permllm.tensor_files", "permllm.sparsity"),
     ("permllm.permutation",),
     ("permllm.kernels", "permllm.models"),
     ("permllm.calibration",),
@@ -23,6 +23,7 @@ FLOORS = [  # from the bottom up
 LEVELS = {part: level for level, parts in enumerate(FLOORS) for part in parts}
 NEIGHBOURS = {  # who may know whom on one floor
     ("permllm.artifacts", "permllm.lookup"),
+    ("permllm.tensor_files", "permllm.artifacts"),
     ("permllm.sparsity", "permllm.lookup"),
     ("permllm", "permllm.api"),
 }

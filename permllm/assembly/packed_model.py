@@ -13,7 +13,7 @@ from permllm.kernels.packed_linear import PackedLinear
 from permllm.lookup import lookup
 from permllm.models.adapter import ModelAdapter
 from permllm.models.families import adapter_of
-from permllm.models.loading import DTYPES, ModelSource, load_skeleton, resolve_device
+from permllm.models.loading import DTYPES, ModelSource, compute_buffers, load_skeleton, resolve_device
 from permllm.models.parameter_names import parameters_filled
 from permllm.permutation.permutation import Permutation
 from permllm.sparsity.packed import PackedWeight
@@ -57,7 +57,8 @@ def load(path: str | Path, device: str = "cpu", dtype: torch.dtype | str | None 
                 _assign(model, parameter, tensor.to(chosen) if tensor.is_floating_point() else tensor)
     model.tie_weights()
     _wrap_norms(packed, model, adapter)
-    _compute_buffers(model)
+    compute_buffers(model)
+    _check_complete(model)
     if (folder / GENERATION_CONFIG).is_file():
         model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
     model.config.dtype = chosen
@@ -129,12 +130,7 @@ def _wrap_norms(packed: PackedCheckpoint, model: "PreTrainedModel", adapter: Mod
                 layer.set_submodule(norm, GatheringNorm(layer.get_submodule(norm), packed.orders[order]))
 
 
-def _compute_buffers(model: "PreTrainedModel") -> None:
-    """Fill the buffers that no checkpoint holds, such as the frequencies of rotary embeddings, as the model itself does."""
-    for module in model.modules():
-        if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
-            module.to_empty(device="cpu", recurse=False)
-            model._init_weights(module)
+def _check_complete(model: "PreTrainedModel") -> None:
     left = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
     if left:
         raise PackedFormatError(f"no values for {', '.join(left)}: this version of permllm cannot load a packed {type(model).__name__}")

@@ -1,12 +1,15 @@
 """Everything that is measured of a model's quality: perplexity on a text, accuracy on multiple-choice tasks."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from permllm.calibration.capture import HiddenStates, on_device
 from permllm.calibration.samples import tokenize
 from permllm.calibration.texts import TextSource, read_documents
 from permllm.evaluation.perplexity import perplexity
 from permllm.evaluation.zero_shot import ZeroShotConfig, zero_shot
+from permllm.models.streaming import LayeredModel
 
 if TYPE_CHECKING:  # slow to import
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -38,10 +41,21 @@ class EvaluateConfig:
         self.zero_shot.check()
 
 
-def evaluate(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", config: EvaluateConfig) -> dict[str, Any]:
-    """Return `perplexity`, and `zero_shot` by task."""
+def evaluate(
+    layered: LayeredModel,
+    load: "Callable[[], PreTrainedModel]",
+    tokenizer: "PreTrainedTokenizerBase",
+    config: EvaluateConfig,
+    keep: HiddenStates = on_device,
+) -> dict[str, Any]:
+    """Return `perplexity`, and `zero_shot` by task.
+
+    Args:
+        load: returns the whole model; called if there are zero-shot tasks.
+        keep: see `perplexity`.
+    """
     tokens = tokenize(list(read_documents(config.perplexity.text).values()), tokenizer)
     return {
-        "perplexity": perplexity(model, tokens, config.perplexity.length, config.perplexity.batch_size),
-        "zero_shot": zero_shot(model, tokenizer, config.zero_shot),
+        "perplexity": perplexity(layered, tokens, config.perplexity.length, config.perplexity.batch_size, keep),
+        "zero_shot": zero_shot(load(), tokenizer, config.zero_shot) if config.zero_shot.tasks else {},
     }

@@ -1,22 +1,21 @@
 """Perplexity with the papers' protocol: joined text, consecutive windows of the context length, no overlap."""
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-if TYPE_CHECKING:  # slow to import
-    from transformers import PreTrainedModel
+from permllm.calibration.capture import HiddenStates, advance, capture_decoder_inputs, finish, on_device
+from permllm.models.streaming import LayeredModel
 
 
 @torch.no_grad()
-def perplexity(model: "PreTrainedModel", tokens: Tensor, length: int, batch_size: int = 8) -> float:
+def perplexity(layered: LayeredModel, tokens: Tensor, length: int, batch_size: int = 8, keep: HiddenStates = on_device) -> float:
     """Return exp of the mean negative log-likelihood of every token given those before it in its window.
 
     Args:
         tokens: (tokens,) int64, the joined text; what is left after the last whole window is not used.
         length: tokens per window; the first token of a window is given, not predicted.
+        keep: where the hidden states of all windows are to be, an entry of `HIDDEN_STATES`.
 
     Raises:
         ValueError: if `length` is below 2, the text is shorter than one window, or the likelihoods are not finite.
@@ -28,11 +27,16 @@ def perplexity(model: "PreTrainedModel", tokens: Tensor, length: int, batch_size
     windows = tokens[: tokens.numel() // length * length].view(-1, length)
     if not len(windows):
         raise ValueError(f"the evaluation text has {tokens.numel()} tokens, fewer than one window of {length}; give more text or lower length")
+    with layered.stem():
+        inputs = capture_decoder_inputs(layered.model, layered.adapter, windows, keep)
+    for index in range(len(layered)):
+        with layered.layer(index) as layer:
+            advance(layer, inputs, batch_size, layered.adapter.layer_path(index))
     total = torch.zeros((), dtype=torch.float64)
-    for batch in windows.split(batch_size):
-        batch = batch.to(model.device)
-        logits = model(batch, use_cache=False).logits[:, :-1].float()
-        total += cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum").double().cpu()
+    with layered.head():
+        for batch, hidden in zip(windows.split(batch_size), inputs.hidden.split(batch_size), strict=True):
+            logits = finish(layered.model, layered.adapter, hidden.to(layered.device))[:, :-1].float()
+            total += cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten().to(logits.device), reduction="sum").double().cpu()
     mean = total / (windows.numel() - len(windows))
     if not mean.isfinite():
         raise ValueError(f"the mean log-likelihood is {float(mean)}: the model's weights or activations are not finite")

@@ -2,8 +2,9 @@
 
 import json
 import pickle
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from zipfile import is_zipfile
 
@@ -12,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from permllm.artifacts import fingerprint
+from permllm.tensor_files import TensorSpec, read_tensor, tensor_specs, warm
 
 SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -49,12 +51,22 @@ class CheckpointFiles:
             weight_map = json.loads((folder / index).read_text())["weight_map"]
         except (ValueError, KeyError) as error:
             raise ValueError(f"{folder / index} is damaged ({error!r}); fetch the checkpoint again") from error
-        missing = [name for name in sorted(set(weight_map.values())) if not (folder / name).is_file()]
-        if missing:
-            raise ValueError(f"{folder / index} names files that are not there: {', '.join(missing)}; fetch the checkpoint again")
-        shards = {name: _tensor_names(folder / name) for name in sorted(set(weight_map.values()))}
-        problems = [f"{tensor} is not in {shard}" for tensor, shard in weight_map.items() if tensor not in shards[shard]]
-        problems += [f"{tensor} in {shard} is not in the index" for shard, names in shards.items() for tensor in names if tensor not in weight_map]
+        shards: dict[str, tuple[str, ...]] = {}
+        problems: list[str] = []
+        for name in sorted(set(weight_map.values())):
+            if (folder / name).is_file():
+                try:
+                    shards[name] = _tensor_names(folder / name)
+                except ValueError as error:
+                    problems.append(str(error))
+            else:
+                problems.append(f"{name} is not there")
+        problems += [f"{tensor} is not in {shard}" for tensor, shard in weight_map.items() if tensor not in shards.get(shard, (tensor,))]
+        for shard, names in shards.items():
+            problems += [f"{tensor} in {shard} is not in the index" for tensor in names if tensor not in weight_map]
+            problems += [
+                f"{tensor} is in {shard}, but the index names {weight_map[tensor]}" for tensor in names if weight_map.get(tensor, shard) != shard
+            ]
         if problems:
             raise ValueError(f"{folder / index} does not match its files: {'; '.join(problems)}; fetch the checkpoint again")
         return cls(folder, shards)
@@ -63,26 +75,40 @@ class CheckpointFiles:
         """Return the names of all tensors."""
         return [name for names in self.shards.values() for name in names]
 
+    @cached_property
+    def specs(self) -> dict[str, TensorSpec]:
+        """Type and shape of every tensor, by name."""
+        return {name: spec for shard in self.shards for name, spec in self._shard_specs(shard).items()}
+
+    @cached_property
+    def _shard_of(self) -> dict[str, str]:
+        return {name: shard for shard, names in self.shards.items() for name in names}
+
+    def tensor(self, name: str) -> Tensor:
+        """Read one tensor; nothing else of its file stays in memory, unless it is a pickle of before torch 1.6."""
+        shard = self._shard_of[name]
+        if shard.endswith(".safetensors"):
+            return read_tensor(self.folder / shard, name)
+        return _load_pickle(self.folder / shard)[name].clone()
+
     def read(self, names: Collection[str]) -> dict[str, Tensor]:
         """Return some tensors by name, from whichever files they lie in."""
-        wanted = set(names)
-        found: dict[str, Tensor] = {}
-        for shard, held in self.shards.items():
-            if not wanted.isdisjoint(held):
-                found |= dict(self._tensors(shard, [name for name in held if name in wanted]))
-        return found
+        return {name: self.tensor(name) for name in names}
 
     def shard_tensors(self, shard: str) -> Iterator[tuple[str, Tensor]]:
-        """Yield the tensors of one file by name, one at a time from safetensors."""
-        return self._tensors(shard, self.shards[shard])
+        """Yield the tensors of one file by name, one at a time."""
+        return ((name, self.tensor(name)) for name in self.shards[shard])
 
-    def _tensors(self, shard: str, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+    def warm(self, names: Collection[str]) -> None:
+        """Have the system read some tensors into its file cache. Does nothing for pickles."""
+        for shard in {self._shard_of[name] for name in names}:
+            if shard.endswith(".safetensors"):
+                warm(self.folder / shard, [self.specs[name] for name in names if self._shard_of[name] == shard])
+
+    def _shard_specs(self, shard: str) -> dict[str, TensorSpec]:
         if shard.endswith(".safetensors"):
-            with safe_open(self.folder / shard, framework="pt") as file:
-                yield from ((name, file.get_tensor(name)) for name in names)
-        else:
-            tensors = _load_pickle(self.folder / shard)
-            yield from ((name, tensors[name]) for name in names)
+            return tensor_specs(self.folder / shard)
+        return {name: TensorSpec.of(tensor) for name, tensor in _load_pickle(self.folder / shard).items()}
 
     def total_bytes(self) -> int:
         """Return the size of all weight files."""

@@ -148,6 +148,27 @@ def load_model(source: ModelSource) -> "transformers.PreTrainedModel":
     return model.requires_grad_(False).eval().to(device)
 
 
+def compute_buffers(model: "transformers.PreTrainedModel", device: torch.device | str = "cpu") -> None:
+    """Fill the buffers that no checkpoint holds, such as the frequencies of rotary embeddings, as the model itself does.
+
+    Raises:
+        ValueError: naming those that the model does not know how to compute.
+    """
+    stored, left = set(model.state_dict()), []
+    for path, module in model.named_modules():
+        names = [name for name, buffer in module.named_buffers(path, recurse=False) if buffer.is_meta and name not in stored]
+        attributes = {name: name.rpartition(".")[2] for name in names}
+        for attribute in attributes.values():
+            setattr(module, attribute, torch.full_like(getattr(module, attribute), torch.nan, dtype=torch.float32, device="cpu"))
+        if names:
+            model._init_weights(module)
+        left += [name for name, attribute in attributes.items() if getattr(module, attribute).isnan().any()]
+        for attribute in attributes.values():
+            setattr(module, attribute, getattr(module, attribute).to(device))
+    if left:
+        raise ValueError(f"no values for {', '.join(left)}: this version of permllm cannot compute them for a {type(model).__name__}")
+
+
 def load_tokenizer(source: ModelSource) -> "transformers.PreTrainedTokenizerBase":
     """Return the model's tokenizer.
 

@@ -1,7 +1,7 @@
 """Which parameter of a model a tensor of a checkpoint fills: checkpoints leave out prefixes, and hold buffers of old versions."""
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -10,17 +10,17 @@ if TYPE_CHECKING:
 IGNORED = (r"rotary_emb\.inv_freq$", r"position_ids$")  # models compute them by themselves, whatever the checkpoint says
 
 
-def parameters_filled(model: "PreTrainedModel", tensors: Collection[str]) -> dict[str, str | None]:
+def parameters_filled(model: "PreTrainedModel", tensors: Collection[str] | Mapping[str, Sequence[int]]) -> dict[str, str | None]:
     """Return the full name of the parameter that each tensor fills; None for tensors that the model does not read.
 
     Args:
         model: its shapes are enough (the meta device).
-        tensors: names in the checkpoint.
+        tensors: names in the checkpoint, with their shapes if they are to be checked.
 
     Raises:
-        ValueError: naming every tensor that has no place in the model, and every parameter that none fills.
+        ValueError: naming every tensor that has no place in the model or another shape, and every parameter that none fills.
     """
-    places, ignored = set(model.state_dict()), (*IGNORED, *(model._keys_to_ignore_on_load_unexpected or ()))
+    places, ignored = model.state_dict(keep_vars=True), (*IGNORED, *(model._keys_to_ignore_on_load_unexpected or ()))
     filled: dict[str, str | None] = {}
     problems = []
     for name in tensors:
@@ -29,9 +29,12 @@ def parameters_filled(model: "PreTrainedModel", tensors: Collection[str]) -> dic
             problems.append(f"{name} has no place in the model")
         if place is not None and place in filled.values():
             problems.append(f"{name} fills {place}, as another tensor does")
+        if place is not None and isinstance(tensors, Mapping) and tuple(tensors[name]) != tuple(places[place].shape):
+            problems.append(f"{name} has shape {tuple(tensors[name])}, not {tuple(places[place].shape)}")
         filled[name] = place
-    needed = dict([*model.named_parameters(), *model.named_buffers()])  # of tied parameters one name
-    problems += [f"{name} is missing" for name in sorted((set(needed) & places) - set(filled.values()))]
+    present = {id(places[place]) for place in filled.values() if place is not None}
+    needed = dict([*model.named_parameters(), *model.named_buffers()])  # of tied parameters one name, and any of them will do
+    problems += [f"{name} is missing" for name in sorted(set(needed) & set(places)) if id(places[name]) not in present]
     if problems:
         raise ValueError(f"the tensors do not fit {type(model).__name__}: {'; '.join(problems)}; fetch or write the checkpoint again")
     return filled

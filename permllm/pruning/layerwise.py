@@ -6,10 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from permllm.calibration.capture import advance, capture_decoder_inputs, layer_statistics
+from permllm.calibration.capture import HiddenStates, advance, capture_decoder_inputs, layer_statistics, on_device
 from permllm.calibration.statistics import LayerStats
 from permllm.models.adapter import ModelAdapter
 from permllm.models.checkpoint_files import CheckpointFiles
+from permllm.models.streaming import LayeredModel
 from permllm.pruning.methods import PrunedLayer, PruningMethod, prune_group
 from permllm.pruning.permutations import LayerPermutations
 from permllm.sparsity.pattern import NMPattern
@@ -70,40 +71,66 @@ def model_weights(model: nn.Module, adapter: ModelAdapter) -> Iterator[dict[str,
         yield {path: linear.weight.detach() for path, linear in adapter.linears(layer).items()}
 
 
-def checkpoint_weights(files: CheckpointFiles, adapter: ModelAdapter, layer_count: int, device: torch.device | str) -> Iterator[dict[str, Tensor]]:
-    """Yield the target weights of every decoder layer of a checkpoint, reading one layer at a time.
+@dataclass(frozen=True)
+class CheckpointWeights(Sequence[Mapping[str, Tensor]]):
+    """The target weights of every decoder layer of a checkpoint; each access reads one layer.
+
+    Attributes:
+        names: what the checkpoint calls every target, by its full path.
+    """
+
+    files: CheckpointFiles
+    adapter: ModelAdapter
+    layers: int
+    device: torch.device | str
+    names: Mapping[str, str]
+
+    def __len__(self) -> int:
+        return self.layers
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        if not 0 <= index < self.layers:
+            raise IndexError(index)
+        paths = [path for group in self.adapter.linear_groups.values() for path in group.readers]
+        return {path: self.files.tensor(self.names[self.adapter.path(index, path)]).to(self.device) for path in paths}
+
+
+def checkpoint_weights(files: CheckpointFiles, adapter: ModelAdapter, layer_count: int, device: torch.device | str) -> CheckpointWeights:
+    """Return the target weights of every decoder layer of a checkpoint, which reads one layer at a time.
 
     Raises:
         ValueError: if the checkpoint lacks a target.
     """
-    names = adapter.tensor_names(layer_count, files.names())
-    for index in range(layer_count):
-        paths = {path: names[adapter.path(index, path)] for group in adapter.linear_groups.values() for path in group.readers}
-        tensors = files.read(paths.values())
-        yield {path: tensors[name].to(device) for path, name in paths.items()}
+    return CheckpointWeights(files, adapter, layer_count, device, adapter.tensor_names(layer_count, files.names()))
 
 
 def prune_in_sequence(
-    model: nn.Module,
-    adapter: ModelAdapter,
+    layered: LayeredModel,
     tokens: Tensor,
     batch_size: int,
     pattern: NMPattern,
     method: PruningMethod,
     permutations: Sequence[LayerPermutations] | None = None,
+    keep: HiddenStates = on_device,
 ) -> Iterator[PrunedLayer]:
     """Prune every layer from what the pruned layers before it put out, as the papers of the methods do.
 
-    The model is pruned in place while this runs. `permutations` as for `prune_in_parallel`.
+    A loaded model is pruned in place while this runs. `permutations` as for `prune_in_parallel`.
+
+    Args:
+        keep: where the hidden states of all sequences are to be, an entry of `HIDDEN_STATES`.
     """
-    inputs = capture_decoder_inputs(model, adapter, tokens)
+    adapter = layered.adapter
+    with layered.stem():
+        inputs = capture_decoder_inputs(layered.model, adapter, tokens, keep)
     generator = torch.Generator().manual_seed(method.seed)
-    for index, layer in enumerate(adapter.layers(model)):
-        stats = layer_statistics(layer, adapter, inputs, batch_size)
-        weights = {path: linear.weight for path, linear in adapter.linears(layer).items()}
-        pruned = prune_layer(weights, adapter, stats, pattern, method, permutations and permutations[index], generator)
-        apply_layer(layer, pruned)
-        advance(layer, inputs, batch_size, adapter.layer_path(index))
+    for index in range(len(layered)):
+        with layered.layer(index) as layer:
+            stats = layer_statistics(layer, adapter, inputs, batch_size)
+            weights = {path: linear.weight for path, linear in adapter.linears(layer).items()}
+            pruned = prune_layer(weights, adapter, stats, pattern, method, permutations and permutations[index], generator)
+            apply_layer(layer, pruned)
+            advance(layer, inputs, batch_size, adapter.layer_path(index))
         yield pruned
 
 

@@ -20,6 +20,7 @@ from permllm.models.adapter import Heads
 from permllm.models.checkpoint_files import CheckpointFiles
 from permllm.models.families import adapter_of
 from permllm.models.loading import ModelSource, context_length, load_config, load_tokenizer
+from permllm.models.streaming import LoadedModel
 from permllm.pruning.layerwise import model_weights, prune_in_parallel
 from permllm.pruning.layout import find_permutations
 from permllm.pruning.methods import PruningMethod
@@ -32,7 +33,7 @@ def prune_checkpoint(folder: Path, tokens: Tensor, pattern: str, method: Pruning
     dense, pruning, masked = folder / "dense", folder / "pruning", folder / "masked"
     model = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)
     adapter = adapter_of(model)
-    statistics = list(dense_statistics(model, adapter, tokens, 2))
+    statistics = list(dense_statistics(LoadedModel(model, adapter), tokens, 2))
     weights, generator, parsed = list(model_weights(model, adapter)), torch.Generator().manual_seed(0), NMPattern.parse(pattern)
     arguments = weights, adapter, Heads.of(model.config), statistics, parsed, generator
     orders = find_permutations(method.layout, method.permutation, method.score, *arguments)

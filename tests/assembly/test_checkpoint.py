@@ -11,6 +11,7 @@ from permllm.assembly.checkpoint import VerificationError, write_masked_checkpoi
 from permllm.calibration.capture import dense_statistics
 from permllm.models.checkpoint_files import CheckpointFiles
 from permllm.models.families import adapter_of
+from permllm.models.streaming import LoadedModel
 from permllm.pruning.layerwise import apply_layer, model_weights, prune_in_parallel
 from permllm.pruning.methods import PruningMethod
 from permllm.pruning.storage import load_pruning, save_pruning
@@ -27,7 +28,7 @@ def pruned(request, family, tiny_checkpoint, draw_tokens, tmp_path):
         (source / "model.safetensors").unlink()
     model = AutoModelForCausalLM.from_pretrained(source)
     adapter, pattern = adapter_of(model), NMPattern.parse("2:4")
-    statistics = list(dense_statistics(model, adapter, draw_tokens(4, 16), 2))
+    statistics = list(dense_statistics(LoadedModel(model, adapter), draw_tokens(4, 16), 2))
     layers = list(prune_in_parallel(model_weights(model, adapter), adapter, statistics, pattern, PruningMethod("wanda", "cp")))
     for layer, decided in zip(adapter.layers(model), layers, strict=True):
         apply_layer(layer, decided)

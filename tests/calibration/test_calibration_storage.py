@@ -6,6 +6,7 @@ from permllm.calibration.capture import dense_statistics
 from permllm.calibration.samples import CalibrationSet
 from permllm.calibration.storage import load_calibration, save_calibration
 from permllm.models.families import adapter_of
+from permllm.models.streaming import LoadedModel
 from permllm.pruning.layerwise import model_weights, prune_in_parallel
 from permllm.pruning.methods import PruningMethod
 from permllm.sparsity.pattern import NMPattern
@@ -15,7 +16,7 @@ from permllm.sparsity.pattern import NMPattern
 def calibrated(llama, draw_tokens, tmp_path):
     """A saved calibration: its folder, samples and statistics."""
     samples = CalibrationSet(draw_tokens(4, 8), held_out=1)
-    statistics = list(dense_statistics(llama, adapter_of(llama), samples.tokens, batch_size=2))
+    statistics = list(dense_statistics(LoadedModel(llama, adapter_of(llama)), samples.tokens, batch_size=2))
     save_calibration(tmp_path, samples, statistics, "model", {"seed": 3})
     return tmp_path, samples, statistics
 

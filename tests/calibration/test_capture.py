@@ -8,6 +8,7 @@ from torch import nn
 
 from permllm.calibration.capture import DecoderInputs, advance, capture_decoder_inputs, dense_statistics, layer_statistics, run_layer
 from permllm.models.families import adapter_of
+from permllm.models.streaming import LoadedModel
 
 LENGTH = 24
 
@@ -86,7 +87,7 @@ def test_capturing_one_by_one_and_all_together_gives_the_same_hidden_states(mode
 
 def test_capturing_leaves_no_hook_behind(model, adapter, draw_tokens):
     capture_decoder_inputs(model, adapter, draw_tokens(2, 4))
-    list(dense_statistics(model, adapter, draw_tokens(2, 4), batch_size=2))
+    list(dense_statistics(LoadedModel(model, adapter), draw_tokens(2, 4), batch_size=2))
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
 
 
@@ -101,7 +102,7 @@ def test_the_gram_matrix_is_that_of_what_every_linear_reads(model, adapter, draw
     linears = {(index, path): linear for index, layer in enumerate(adapter.layers(model)) for path, linear in adapter.linears(layer).items()}
     with recorded(linears, inputs=True) as inputs, torch.no_grad():
         model(tokens)
-    statistics = list(dense_statistics(model, adapter, tokens, batch_size))
+    statistics = list(dense_statistics(LoadedModel(model, adapter), tokens, batch_size))
     for index, stats in enumerate(statistics):
         assert stats.keys() == adapter.linear_groups.keys()
         for name, group in adapter.linear_groups.items():
@@ -125,7 +126,7 @@ def test_activations_that_are_not_finite_name_the_layer(model, adapter, draw_tok
     path = adapter.linear_groups["mlp_out"].readers[0]
     adapter.linears(adapter.layers(model)[1])[path].weight[0, 0] = broken
     with pytest.raises(ValueError, match=rf"NaN or infinity after {adapter.decoder_layers}\.1;"):
-        list(dense_statistics(model, adapter, draw_tokens(2, LENGTH), batch_size=2))
+        list(dense_statistics(LoadedModel(model, adapter), draw_tokens(2, LENGTH), batch_size=2))
 
 
 def test_a_layer_that_returns_a_tuple_gives_its_first_entry():

@@ -11,6 +11,7 @@ from permllm.calibration.samples import CalibrationSet
 from permllm.lcp.recipes import LOGIT_SETTINGS, LearnConfig
 from permllm.lcp.trainer import LearnResult, learn_permutations
 from permllm.models.adapter import ModelAdapter
+from permllm.models.streaming import LoadedModel
 from permllm.sparsity.pattern import NMPattern
 
 LEARN = {"block_size": 16, "start": "cp", "logits": "identity", "epochs": 3, "batch_size": 4, "learning_rate": 0.5}
@@ -36,7 +37,7 @@ def config() -> Callable[..., LearnConfig]:
 @pytest.fixture
 def learn(model: PreTrainedModel, adapter: ModelAdapter, samples: CalibrationSet, config: Callable) -> Callable[..., LearnResult]:
     """`learn(score, samples, on_epoch, state_file, pattern, **settings)`: a run on `model`."""
-    statistics = list(dense_statistics(model, adapter, samples.tokens, 4))
+    statistics = list(dense_statistics(LoadedModel(model, adapter), samples.tokens, 4))
 
     def run(
         score: str = "wanda",

@@ -8,6 +8,7 @@ from permllm.calibration.samples import CalibrationSet, draw_windows, tokenize
 from permllm.calibration.texts import TextSource, read_documents
 from permllm.models.families import adapter_of
 from permllm.models.loading import ModelSource, load_model, load_tokenizer
+from permllm.models.streaming import LoadedModel
 from permllm.report.summary import gap_closed
 from permllm.sparsity.pattern import NMPattern
 
@@ -21,7 +22,7 @@ def subject(third_party, name, epochs):
     model, tokenizer = load_model(source), load_tokenizer(source)
     adapter = adapter_of(model)
     samples = draw_windows(tokenize(stories[: len(stories) // 2], tokenizer), SEQUENCES, LENGTH, 0, HELD_OUT)
-    statistics = list(dense_statistics(model, adapter, samples.tokens[samples.training_rows], 16))
+    statistics = list(dense_statistics(LoadedModel(model, adapter), samples.tokens[samples.training_rows], 16))
     text = tokenize(stories[len(stories) // 2 :], tokenizer)[: 200 * LENGTH]
     assert isinstance(samples, CalibrationSet)
     return Subject(model, adapter, samples, statistics, text, LENGTH, {"epochs": epochs, "sequences": 24, "batch_size": 12})

@@ -162,13 +162,14 @@ from permllm.calibration.samples import CalibrationSet
 from permllm.lcp.recipes import LearnConfig
 from permllm.lcp.trainer import learn_permutations
 from permllm.models.families import adapter_of
+from permllm.models.streaming import LoadedModel
 from permllm.sparsity.pattern import NMPattern
 import json
 
 model = build("llama")
 adapter, config = adapter_of(model), LearnConfig(**json.loads(sys.argv[3]))
 samples = CalibrationSet(torch.load(sys.argv[4]), held_out=4)
-statistics = list(dense_statistics(model, adapter, samples.tokens, 4))
+statistics = list(dense_statistics(LoadedModel(model, adapter), samples.tokens, 4))
 steps = []
 
 

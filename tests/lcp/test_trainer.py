@@ -15,6 +15,7 @@ from permllm.lcp.objective import HIDDEN_OBJECTIVES, LOGIT_OBJECTIVES, NextToken
 from permllm.lcp.trainer import LearningError, find_starts, learn_permutations
 from permllm.models.adapter import Heads
 from permllm.models.families import adapter_of
+from permllm.models.streaming import LoadedModel
 from permllm.permutation.heuristic import heuristic_permutation
 from permllm.pruning.layerwise import apply_layer, model_weights, prune_in_parallel
 from permllm.pruning.methods import PruningMethod
@@ -101,7 +102,7 @@ def loss_between(sparse, dense, tokens, config):
 def measured_loss(dense, sparse, samples, rows, method, config, permutations=None, pattern=PATTERN):
     """Prune `sparse`, a copy of `dense`, and return the loss of it."""
     adapter = adapter_of(dense)
-    statistics = list(dense_statistics(dense, adapter, samples.tokens, 4))
+    statistics = list(dense_statistics(LoadedModel(dense, adapter), samples.tokens, 4))
     layers = prune_in_parallel(model_weights(dense, adapter), adapter, statistics, pattern, method, permutations)
     for layer, pruned in zip(adapter.layers(sparse), layers, strict=True):
         apply_layer(layer, pruned)
@@ -200,7 +201,7 @@ def test_a_start_is_one_shot_pruning_with_that_permutation_and_seed(learn, model
     method = PruningMethod("wanda", start, seed=5)
     measured = measured_loss(model, tiny_model(family), samples, samples.held_out_rows, method, config(**settings))
     assert measured == pytest.approx(record.held_out_loss, rel=1e-4)
-    statistics = list(dense_statistics(model, adapter, samples.tokens, 4))
+    statistics = list(dense_statistics(LoadedModel(model, adapter), samples.tokens, 4))
     starts = find_starts(model, adapter, statistics, PATTERN, "wanda", config(**settings))
     pruned = prune_in_parallel(model_weights(model, adapter), adapter, statistics, PATTERN, method)
     for layer, one_shot in zip(starts, pruned, strict=True):
@@ -329,7 +330,7 @@ def test_the_model_is_the_same_after_an_exception(learn, model, adapter, monkeyp
 @pytest.mark.parametrize("family", ["llama", "opt"], indirect=True)
 def test_the_first_layers_keep_the_heuristic_permutations_in_partial_mode(learn, model, adapter, samples, logits):
     result = learn(last_layers=1, start="random", logits=logits, epochs=1)
-    statistics = list(dense_statistics(model, adapter, samples.tokens, 4))
+    statistics = list(dense_statistics(LoadedModel(model, adapter), samples.tokens, 4))
     for index, layer in enumerate(adapter.layers(model)):
         for name, group in adapter.linear_groups.items():
             weight = weight_of(layer, group)
@@ -488,7 +489,7 @@ def test_linears_are_put_back_when_the_masking_itself_fails(learn, model, monkey
 @pytest.mark.parametrize("family", ["llama", "opt"], indirect=True)
 @pytest.mark.parametrize("settings", [{}, {"optimizer": "guided"}], ids=["logits", "guided"])
 def test_starts_that_are_known_already_are_taken_as_they_are(learn, model, adapter, samples, config, settings):
-    statistics = list(dense_statistics(model, adapter, samples.tokens, 4))
+    statistics = list(dense_statistics(LoadedModel(model, adapter), samples.tokens, 4))
     starts = find_starts(model, adapter, statistics, PATTERN, "wanda", config(start="random", seed=7))
     given = learn_permutations(model, adapter, samples, statistics, PATTERN, "wanda", config(**settings), starts=starts)
     expected = learn_permutations(model, adapter, samples, statistics, PATTERN, "wanda", config(start="random", seed=7, epochs=1, **settings))
@@ -497,7 +498,7 @@ def test_starts_that_are_known_already_are_taken_as_they_are(learn, model, adapt
 
 @pytest.mark.parametrize("family", ["llama"], indirect=True)
 def test_statistics_of_too_few_layers_are_an_error_and_leave_the_model_as_it_is(model, adapter, samples, config):
-    statistics = list(dense_statistics(model, adapter, samples.tokens, 4))[:2]
+    statistics = list(dense_statistics(LoadedModel(model, adapter), samples.tokens, 4))[:2]
     modules, before = dict(model.named_modules()), tensors_of(model)
     with pytest.raises(ValueError, match="statistics of 2 decoder layers, but the model has 3"):
         learn_permutations(model, adapter, samples, statistics, PATTERN, "wanda", config())
@@ -606,7 +607,7 @@ def test_layers_after_a_window_that_breaks_keep_their_starts(learn, measure, mod
     result = learn(window=1, logits="uniform")
     assert "at step 2 (epoch 2)" in result.stopped
     assert result.history == undisturbed.history[:6] and result.permutations[0] == undisturbed.permutations[0]
-    statistics = list(dense_statistics(model, adapter, samples.tokens, 4))
+    statistics = list(dense_statistics(LoadedModel(model, adapter), samples.tokens, 4))
     assert result.permutations[2] == find_starts(model, adapter, statistics, PATTERN, "wanda", config())[2]
 
 
@@ -648,7 +649,7 @@ def test_an_unknown_score_lists_the_known_ones(learn):
 def test_a_bfloat16_model_learns(family, tiny_model, samples, config, settings):
     model = tiny_model(family).bfloat16()
     adapter, before = adapter_of(model), tensors_of(model)
-    statistics = list(dense_statistics(model, adapter, samples.tokens, 4))
+    statistics = list(dense_statistics(LoadedModel(model, adapter), samples.tokens, 4))
     result = learn_permutations(model, adapter, samples, statistics, PATTERN, "wanda", config(**settings))
     assert result.best.held_out_loss <= result.start.held_out_loss
     assert all(0 < record.held_out_loss < 1 for record in result.history)
@@ -661,7 +662,7 @@ def test_a_bfloat16_model_learns(family, tiny_model, samples, config, settings):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_permutations_learn_on_a_gpu(model, adapter, samples, config, variant):
     model = model.cuda()
-    statistics = list(dense_statistics(model, adapter, samples.tokens, 4))
+    statistics = list(dense_statistics(LoadedModel(model, adapter), samples.tokens, 4))
     result = learn_permutations(model, adapter, samples, statistics, PATTERN, "wanda", config(**VARIANTS[variant]))
     assert result.best.held_out_loss <= result.start.held_out_loss
     pruned = list(prune_in_parallel(model_weights(model, adapter), adapter, statistics, PATTERN, PruningMethod("wanda", "lcp"), result.permutations))

@@ -174,7 +174,7 @@ def test_a_sharded_checkpoint_loads_like_a_single_file(sharded, llama):
 def test_a_missing_shard_is_named(sharded):
     shard = sorted(sharded.glob("*.safetensors"))[1]
     shard.unlink()
-    with pytest.raises(ValueError, match=rf"names files that are not there: {shard.name}; fetch the checkpoint again"):
+    with pytest.raises(ValueError, match=rf"does not match its files: {shard.name} is not there; fetch the checkpoint again"):
         load_model(source(sharded))
 
 

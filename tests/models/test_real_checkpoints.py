@@ -11,6 +11,7 @@ from permllm.calibration.texts import TextSource, read_documents
 from permllm.evaluation.perplexity import perplexity
 from permllm.models.families import adapter_of
 from permllm.models.loading import ModelSource, context_length, load_model, load_tokenizer
+from permllm.models.streaming import LoadedModel
 from permllm.pruning.layerwise import apply_layer, model_weights, prune_in_parallel
 from permllm.pruning.methods import PruningMethod
 from permllm.sparsity.mask import is_nm_sparse
@@ -39,7 +40,7 @@ def test_real_checkpoints_have_the_expected_layers_and_predict_their_text(real):
     adapter = adapter_of(model)
     assert len(adapter.layers(model)) == layers and set(adapter.widths(model).values()) == widths
     length = context_length(model.config)
-    assert perplexity(model, tokens[: 20 * length], length) < model.config.vocab_size / 10
+    assert perplexity(LoadedModel.of(model), tokens[: 20 * length], length) < model.config.vocab_size / 10
 
 
 def test_stepping_through_real_checkpoints_gives_their_own_hidden_states(real):
@@ -64,18 +65,22 @@ def test_real_checkpoints_are_pruned_to_two_of_four_and_still_predict(real):
     pattern.check_widths(adapter.widths(model))
     length = min(64, context_length(model.config))
     text, samples = tokens[: 20 * length], draw_windows(tokens[20 * length :], 16, length, seed=0)
-    dense = perplexity(model, text, length)
+    dense = perplexity(LoadedModel.of(model), text, length)
     retained = {}
     for permutation in ("identity", "cp"):
         method = PruningMethod("wanda", permutation)
-        layers = list(prune_in_parallel(model_weights(model, adapter), adapter, dense_statistics(model, adapter, samples.tokens, 8), pattern, method))
+        layers = list(
+            prune_in_parallel(
+                model_weights(model, adapter), adapter, dense_statistics(LoadedModel(model, adapter), samples.tokens, 8), pattern, method
+            )
+        )
         retained[permutation] = [group.retained_score for layer in layers for group in layer.values()]
     assert all(cp >= identity for identity, cp in zip(retained["identity"], retained["cp"], strict=True))
     for layer, pruned in zip(adapter.layers(model), layers, strict=True):
         apply_layer(layer, pruned)
         for group in pruned.values():
             assert all(is_nm_sparse(group.permutation.apply(layer.get_submodule(path).weight), pattern) for path in group.linears)
-    assert dense < perplexity(model, text, length) < model.config.vocab_size  # worse than dense, better than guessing
+    assert dense < perplexity(LoadedModel.of(model), text, length) < model.config.vocab_size  # worse than dense, better than guessing
 
 
 def test_a_pattern_that_does_not_fit_names_every_layer_of_that_width(third_party):
@@ -91,7 +96,7 @@ def test_the_shipped_model_has_the_perplexity_of_its_model_card(shipped_model, r
     source = ModelSource(str(shipped_model), device="cpu")
     passages = read_documents(TextSource(files=str(repository / "data" / "prose" / "c_*.txt")))
     tokens = tokenize(list(passages.values()), load_tokenizer(source))
-    assert perplexity(load_model(source), tokens, 256) == pytest.approx(39.8, abs=0.06)
+    assert perplexity(LoadedModel.of(load_model(source)), tokens, 256) == pytest.approx(39.8, abs=0.06)
 
 
 def test_the_shipped_model_is_pruned_better_with_a_permutation_than_without(shipped_model, repository):
@@ -102,12 +107,12 @@ def test_the_shipped_model_is_pruned_better_with_a_permutation_than_without(ship
         for digits in ("13579", "2468")
     )
     adapter = adapter_of(model)
-    statistics = list(dense_statistics(model, adapter, draw_windows(odd, 8, 128, seed=0).tokens, 8))
+    statistics = list(dense_statistics(LoadedModel(model, adapter), draw_windows(odd, 8, 128, seed=0).tokens, 8))
     found = {}
     for permutation in ("identity", "cp"):
         sparse = deepcopy(model)
         layers = prune_in_parallel(model_weights(model, adapter), adapter, statistics, pattern, PruningMethod("wanda", permutation))
         for layer, pruned in zip(adapter.layers(sparse), layers, strict=True):
             apply_layer(layer, pruned)
-        found[permutation] = perplexity(sparse, even, 256)
-    assert perplexity(model, even, 256) < found["cp"] < found["identity"]
+        found[permutation] = perplexity(LoadedModel.of(sparse), even, 256)
+    assert perplexity(LoadedModel.of(model), even, 256) < found["cp"] < found["identity"]

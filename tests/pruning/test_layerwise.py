@@ -9,6 +9,7 @@ from permllm.calibration.capture import dense_statistics
 from permllm.calibration.statistics import ActivationStats
 from permllm.models.checkpoint_files import CheckpointFiles
 from permllm.models.families import adapter_of
+from permllm.models.streaming import LoadedModel
 from permllm.permutation.permutation import Permutation
 from permllm.pruning.layerwise import apply_layer, checkpoint_weights, model_weights, prune_in_parallel, prune_in_sequence
 from permllm.pruning.methods import PruningMethod, prune_group
@@ -25,7 +26,7 @@ def tokens(draw_tokens):
 
 
 def in_parallel(model, adapter, tokens, method):
-    statistics = dense_statistics(model, adapter, tokens, len(tokens))
+    statistics = dense_statistics(LoadedModel(model, adapter), tokens, len(tokens))
     return list(prune_in_parallel(model_weights(model, adapter), adapter, statistics, PATTERN, method))
 
 
@@ -75,7 +76,7 @@ def test_pruning_in_parallel_sees_the_dense_model_and_leaves_it_as_it_is(model, 
 @pytest.mark.parametrize("method", METHODS, ids=str)
 def test_pruning_in_sequence_sees_what_the_pruned_layers_before_put_out(family, tiny_model, adapter, tokens, method):
     model, naive = tiny_model(family), tiny_model(family)
-    for index, found in enumerate(prune_in_sequence(model, adapter, tokens, len(tokens), PATTERN, method)):
+    for index, found in enumerate(prune_in_sequence(LoadedModel(model, adapter), tokens, len(tokens), PATTERN, method)):
         assert_pruned_like(found, naive, adapter, index, observed_statistics(naive, adapter, index, tokens), method)
         for group in found.values():
             for path, linear in group.linears.items():
@@ -88,7 +89,7 @@ def test_pruning_in_sequence_sees_what_the_pruned_layers_before_put_out(family, 
 def test_the_first_layer_is_pruned_alike_in_parallel_and_in_sequence_and_later_ones_are_not(llama, tiny_model, tokens):
     adapter, method = adapter_of(llama), PruningMethod("wanda")
     parallel = in_parallel(llama, adapter, tokens, method)
-    sequence = list(prune_in_sequence(tiny_model("llama"), adapter, tokens, 4, PATTERN, method))
+    sequence = list(prune_in_sequence(LoadedModel(tiny_model("llama"), adapter), tokens, 4, PATTERN, method))
     masks = [[linear.mask for layer in layers for linear in layer["mlp_out"].linears.values()] for layers in (parallel, sequence)]
     assert torch.equal(masks[0][0], masks[1][0])
     assert not torch.equal(masks[0][2], masks[1][2])
@@ -106,7 +107,7 @@ def test_applying_a_layer_changes_its_target_weights_and_nothing_else(model, ada
 
 def test_statistics_of_too_few_layers_are_an_error(llama, tokens):
     adapter = adapter_of(llama)
-    statistics = list(dense_statistics(llama, adapter, tokens, 4))[:2]
+    statistics = list(dense_statistics(LoadedModel(llama, adapter), tokens, 4))[:2]
     with pytest.raises(ValueError):
         list(prune_in_parallel(model_weights(llama, adapter), adapter, statistics, PATTERN, PruningMethod()))
 

@@ -5,6 +5,7 @@ from permllm.assembly.folding import fold
 from permllm.calibration.capture import dense_statistics
 from permllm.models.adapter import Heads
 from permllm.models.families import adapter_of
+from permllm.models.streaming import LoadedModel
 from permllm.permutation.permutation import Permutation
 from permllm.pruning.layerwise import model_weights, prune_in_parallel
 from permllm.pruning.layout import Member, SharedOrder, find_permutations, group_widths, shared_orders, spread
@@ -17,7 +18,7 @@ PATTERN = NMPattern(2, 4)
 
 @pytest.fixture
 def statistics(model, adapter, draw_tokens):
-    return list(dense_statistics(model, adapter, draw_tokens(8, 32), 4))
+    return list(dense_statistics(LoadedModel(model, adapter), draw_tokens(8, 32), 4))
 
 
 def found(model, adapter, statistics, layout, permutation, score="wanda", pattern=PATTERN):

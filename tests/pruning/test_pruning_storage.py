@@ -4,6 +4,7 @@ import torch
 from permllm.artifacts import StaleArtifactError, replacing_folder
 from permllm.calibration.capture import dense_statistics
 from permllm.models.families import adapter_of
+from permllm.models.streaming import LoadedModel
 from permllm.pruning.layerwise import model_weights, prune_in_parallel
 from permllm.pruning.methods import PruningMethod
 from permllm.pruning.storage import load_pruning, save_pruning
@@ -14,7 +15,7 @@ from permllm.sparsity.pattern import NMPattern
 def prune(llama, draw_tokens):
     """`prune(method)`: every layer of a tiny model."""
     adapter = adapter_of(llama)
-    statistics = list(dense_statistics(llama, adapter, draw_tokens(4, 16), batch_size=2))
+    statistics = list(dense_statistics(LoadedModel(llama, adapter), draw_tokens(4, 16), batch_size=2))
     return lambda method: list(prune_in_parallel(model_weights(llama, adapter), adapter, statistics, NMPattern(2, 4), method))
 
 
