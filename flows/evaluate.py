@@ -6,6 +6,8 @@ from typing import Any
 from flows.paths import Setting
 from flows.stage import run_stage
 from permllm.evaluation import evaluate as library
+from permllm.footprint import ModelSize, evaluate_needs
+from permllm.memory import need_memory
 from permllm.models.loading import load_model, load_tokenizer
 from permllm.models.streaming import StreamedModel
 from permllm.params import DENSE, Params
@@ -18,8 +20,11 @@ def evaluate(params: Params, setting: Setting) -> dict[str, Any]:
     tokenizer = load_tokenizer(source)
     if setting.method != DENSE:
         source = replace(source, source=str(setting.path("assemble")), revision=None)
-    streamed = StreamedModel.open(source)
-    measured = library.evaluate(streamed, lambda: load_model(source), tokenizer, model_params.evaluate, model_params.keep_hidden())
+    config, streamed = model_params.evaluate, StreamedModel.open(source)
+    tokens = library.perplexity_tokens(config.perplexity, tokenizer)
+    needs = evaluate_needs(ModelSize.of(streamed.model, streamed.adapter, streamed.dtype), config, tokens.numel(), model_params.hidden_states)
+    need_memory(f"evaluate {setting.model}", streamed.device, *needs)
+    measured = library.evaluate(streamed, lambda: load_model(source), tokenizer, tokens, config, model_params.keep_hidden())
     return {**measured, "bytes": streamed.files.total_bytes()}
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 DATA = Path("data")
 REPORT = DATA / "report"
+SCRATCH = Path(".cache")  # outside of what DVC tracks
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,10 @@ class Setting:
     def path(self, stage: str) -> Path:
         """Return the folder of a stage's artifact."""
         return DATA.joinpath(stage, *filter(None, (self.model, self.pattern, self.method)))
+
+    def scratch(self, stage: str) -> Path:
+        """Return the folder of what an interrupted stage has done."""
+        return SCRATCH / stage / "_".join(filter(None, (self.model, self.pattern, self.method)))
 
     def metrics(self, stage: str) -> Path:
         """Return the file of what a stage measured."""

@@ -1,21 +1,26 @@
 """Stage `prune`: prune a model with a one-shot method."""
 
+from functools import partial
 from typing import Any
 
 import torch
 
 from flows.paths import Setting
 from flows.stage import progress, run_stage
-from permllm.artifacts import StaleArtifactError, need_disk, replacing_folder
+from permllm.artifacts import StaleArtifactError, need_disk, replacing_folder, source_fingerprint
 from permllm.calibration.storage import Calibration, load_calibration
+from permllm.footprint import ModelSize, prune_needs
+from permllm.memory import need_memory
 from permllm.models.adapter import Heads
 from permllm.models.checkpoint_files import CheckpointFiles
-from permllm.models.loading import load_adapter, load_config, resolve_device
+from permllm.models.families import adapter_of
+from permllm.models.loading import DTYPES, load_skeleton, resolve_device
 from permllm.models.streaming import StreamedModel
 from permllm.params import Params
 from permllm.pruning.layerwise import checkpoint_weights, prune_in_parallel, prune_in_sequence
 from permllm.pruning.layout import find_permutations
-from permllm.pruning.storage import pruning_bytes, save_pruning
+from permllm.pruning.storage import FinishedLayers, kept_orders, pruning_bytes, save_pruning
+from permllm.scratch import Scratch
 from permllm.sparsity.pattern import NMPattern
 
 
@@ -24,24 +29,36 @@ def prune(params: Params, setting: Setting) -> dict[str, Any]:
     model_params, method = params.model(setting.model), params.method(setting.method).pruning()
     pattern = NMPattern.parse(setting.pattern)
     source = model_params.model_source()
-    calibration = open_calibration(params, setting)
-    adapter, statistics, files = load_adapter(source), calibration.statistics, CheckpointFiles.find(source.folder())
-    need_disk(setting.path("prune"), pruning_bytes(files, method))
-    permutations = None
-    if method.layout != "free":  # orders that layers share are found for all of them first, from the dense model's activations
-        weights, heads = checkpoint_weights(files, adapter, len(statistics), statistics.device), Heads.of(load_config(source))
-        generator = torch.Generator().manual_seed(method.seed)
-        permutations = find_permutations(method.layout, method.permutation, method.score, weights, adapter, heads, statistics, pattern, generator)
-    if model_params.prune.sequential:
-        tokens = calibration.samples.tokens[calibration.samples.training_rows]
-        keep, batch_size = model_params.keep_hidden(), model_params.calibrate.batch_size
-        layers = prune_in_sequence(StreamedModel.open(source), tokens, batch_size, pattern, method, permutations, keep)
-    else:
-        weights = checkpoint_weights(files, adapter, len(statistics), statistics.device)
-        layers = prune_in_parallel(weights, adapter, statistics, pattern, method, permutations)
-    with replacing_folder(setting.path("prune")) as folder:
-        record = pruning_record(setting, params, calibration, {"sequential": model_params.prune.sequential})
-        return save_pruning(folder, progress(layers, "prune layer", len(statistics)), record)
+    calibration, config = open_calibration(params, setting), model_params.prune
+    skeleton, statistics, files = load_skeleton(source), calibration.statistics, CheckpointFiles.find(source.folder())
+    adapter, device, home = adapter_of(skeleton), resolve_device(source.device), setting.scratch("prune")
+    size = ModelSize.of(skeleton, adapter, DTYPES[source.dtype])
+    needs = prune_needs(size, method, config.sequential, model_params.calibrate, model_params.hidden_states)
+    need_memory(f"prune {setting.model}", device, *needs)
+    for folder in (setting.path("prune"), home):
+        need_disk(folder, pruning_bytes(files, method))
+    weights = checkpoint_weights(files, adapter, len(statistics), device)
+    parts = [source_fingerprint("calibration", "models", "permutation", "pruning", "sparsity"), calibration.fingerprint, statistics.stamp()]
+    parts += [setting.pattern, vars(method), vars(config), source.dtype, str(device), model_params.calibrate.batch_size]
+    with Scratch.open(home, parts) as scratch, replacing_folder(setting.path("prune")) as folder:
+        finished, generator, permutations = FinishedLayers(scratch), torch.Generator().manual_seed(method.seed), None
+        done = len(finished)
+        finished.restore(generator)
+        if method.layout != "free":  # orders that layers share are found for all of them first, from the dense model's activations
+            found_by = torch.Generator().manual_seed(method.seed)
+            arguments = weights, adapter, Heads.of(skeleton.config), statistics, pattern, found_by
+            find = partial(find_permutations, method.layout, method.permutation, method.score, *arguments)
+            permutations = kept_orders(scratch.folder / "orders.safetensors", find)
+        if config.sequential:
+            model, tokens = StreamedModel.open(source), calibration.samples.tokens[calibration.samples.training_rows]
+            batch_size, keep = model_params.calibrate.batch_size, model_params.keep_hidden()
+            layers = prune_in_sequence(model, tokens, batch_size, pattern, method, permutations, keep, generator, finished)
+        else:
+            left = range(done, len(statistics))
+            rest = (weights[index] for index in left), adapter, (statistics[index] for index in left)
+            layers = prune_in_parallel(*rest, pattern, method, permutations and permutations[done:], generator)
+        record = pruning_record(setting, params, calibration, {"sequential": config.sequential})
+        return save_pruning(folder, progress(layers, "prune layer", len(statistics), done), record, scratch, generator)
 
 
 def open_calibration(params: Params, setting: Setting) -> Calibration:

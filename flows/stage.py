@@ -44,13 +44,19 @@ def run_stage(name: str, stage: StageFunction, arguments: tuple[str, ...], argv:
     logger.info("%s %s: %.1f s", name, " ".join(filter(None, vars(setting).values())), seconds)
 
 
-def progress(items: Iterable[Item], what: str, total: int) -> Iterator[Item]:
-    """Yield the items with a progress bar on a terminal, or a plain line for every item where there is none."""
+def progress(items: Iterable[Item], what: str, total: int, done: int = 0) -> Iterator[Item]:
+    """Yield the items with a progress bar on a terminal, or a plain line for every item where there is none.
+
+    Args:
+        done: how many of the total an earlier run has finished.
+    """
+    if done:
+        logger.info("%s: %d of %d are done already", what, done, total)
     if sys.stderr.isatty():
-        yield from tqdm(items, desc=what, total=total)
+        yield from tqdm(items, desc=what, total=total, initial=done)
         return
     started = time.perf_counter()
     for number, item in enumerate(items, start=1):
         yield item
         elapsed = time.perf_counter() - started
-        logger.info("%s %d/%d, %.1f s, about %.0f s left", what, number, total, elapsed, elapsed / number * (total - number))
+        logger.info("%s %d/%d, %.1f s, about %.0f s left", what, done + number, total, elapsed, elapsed / number * (total - done - number))

@@ -102,7 +102,7 @@ def write_tensors_in_turn(
     """
     order = list(DTYPES.values())
     names = sorted(specs, key=lambda name: (order.index(specs[name].dtype), name))
-    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    header: dict[str, object] = {"__metadata__": dict(metadata or {})}
     start = 0
     for name in names:
         spec = specs[name]

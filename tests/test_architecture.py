@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 FLOORS = [  # from the bottom up
-    ("permllm.lookup", "permllm.artifacts", "permllm.tensor_files", "permllm.sparsity"),
+    ("permllm.lookup", "permllm.artifacts", "permllm.tensor_files", "permllm.scratch", "permllm.memory", "permllm.sparsity"),
     ("permllm.permutation",),
     ("permllm.kernels", "permllm.models"),
     ("permllm.calibration",),
@@ -14,7 +14,7 @@ FLOORS = [  # from the bottom up
     ("permllm.lcp",),
     ("permllm.assembly",),
     ("permllm.benchmark", "permllm.evaluation", "permllm.report"),
-    ("permllm.ablation",),
+    ("permllm.ablation", "permllm.footprint"),
     ("permllm.params",),
     ("permllm", "permllm.api"),
     ("flows",),
@@ -24,6 +24,7 @@ LEVELS = {part: level for level, parts in enumerate(FLOORS) for part in parts}
 NEIGHBOURS = {  # who may know whom on one floor
     ("permllm.artifacts", "permllm.lookup"),
     ("permllm.tensor_files", "permllm.artifacts"),
+    ("permllm.scratch", "permllm.artifacts"),
     ("permllm.sparsity", "permllm.lookup"),
     ("permllm", "permllm.api"),
 }

@@ -18,9 +18,9 @@ from permllm.models.checkpoint_files import PICKLE_INDEX, SAFETENSORS, SAFETENSO
 from permllm.permutation.permutation import Permutation
 from permllm.pruning.methods import PrunedLinear
 from permllm.pruning.storage import SavedPruning
-from permllm.sparsity.bits import pack_mask
 from permllm.sparsity.mask import is_nm_sparse
 from permllm.sparsity.pattern import NMPattern
+from permllm.tensor_files import write_tensors_in_turn
 
 KIND = "assemble"
 RECORD_FOLDER, PERMUTATIONS, MASKS, HASHES = "permllm", "permutations.safetensors", "masks.safetensors", "hashes.json"
@@ -92,19 +92,20 @@ def copy_small_files(source: Path, folder: Path) -> None:
 
 def _write_shards(files: CheckpointFiles, targets: _Targets, folder: Path) -> tuple[int, dict[str, str]]:
     """Return the bytes of all tensors, and the fingerprint of each."""
+    hashes = dict.fromkeys(files.names(), "")
+
+    def pruned(name: str) -> Tensor:
+        tensor = files.tensor(name)
+        tensor = targets.pruned(name)[0].apply(tensor) if name in targets else tensor
+        hashes[name] = fingerprint([tensor])
+        return tensor
+
     weight_map: dict[str, str] = {}
-    hashes: dict[str, str] = {}
-    total = 0
-    for shard in files.shards:
-        name = SAFETENSORS if len(files.shards) == 1 else Path(shard).with_suffix(".safetensors").name
-        tensors = {
-            tensor_name: targets.pruned(tensor_name)[0].apply(tensor) if tensor_name in targets else tensor
-            for tensor_name, tensor in files.shard_tensors(shard)
-        }
-        write_tensors(folder / name, tensors, {"format": "pt"})
-        weight_map |= dict.fromkeys(tensors, name)
-        hashes |= {tensor_name: fingerprint([tensor]) for tensor_name, tensor in tensors.items()}
-        total += sum(tensor.nbytes for tensor in tensors.values())
+    for shard, names in files.shards.items():
+        written = SAFETENSORS if len(files.shards) == 1 else Path(shard).with_suffix(".safetensors").name
+        write_tensors_in_turn(folder / written, {name: files.specs[name] for name in names}, pruned, {"format": "pt"})
+        weight_map |= dict.fromkeys(names, written)
+    total = sum(spec.nbytes for spec in files.specs.values())
     if len(files.shards) > 1:
         write_json(folder / SAFETENSORS_INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
     return total, hashes
@@ -114,36 +115,30 @@ def _verify(source: CheckpointFiles, written: CheckpointFiles, targets: _Targets
     """Compare the written checkpoint with the source, tensor by tensor; return the number of pruned weights."""
     problems: list[str] = []
     zeros = 0
-    for shard, written_shard in zip(sorted(source.shards), sorted(written.shards), strict=True):
-        result = dict(written.shard_tensors(written_shard))
-        for name, tensor in source.shard_tensors(shard):
-            if name not in targets:
-                if not torch.equal(result[name], tensor):
-                    problems.append(f"{name} changed")
-                continue
-            linear, permutation = targets.pruned(name)
-            found = result[name]
-            zeros += int((~linear.mask).sum())
-            if not is_nm_sparse(permutation.apply(found), pattern):
-                problems.append(f"{name} is not {pattern} in its channel order")
-            if found[~linear.mask].view(torch.uint8).any():  # also catches -0.0
-                problems.append(f"{name} has pruned weights that are not +0.0")
-            if linear.weight is None and not torch.equal(found[linear.mask], tensor[linear.mask]):
-                problems.append(f"{name} has kept weights that changed")
+    for name in source.names():
+        tensor, found = source.tensor(name), written.tensor(name)
+        if name not in targets:
+            if not torch.equal(found, tensor):
+                problems.append(f"{name} changed")
+            continue
+        linear, permutation = targets.pruned(name)
+        zeros += int((~linear.mask).sum())
+        if not is_nm_sparse(permutation.apply(found), pattern):
+            problems.append(f"{name} is not {pattern} in its channel order")
+        if found.masked_fill(linear.mask, 0).view(torch.uint8).any():  # also catches -0.0
+            problems.append(f"{name} has pruned weights that are not +0.0")
+        if linear.weight is None and not torch.equal(found.masked_fill(~linear.mask, 0), tensor.masked_fill(~linear.mask, 0)):
+            problems.append(f"{name} has kept weights that changed")
     if problems:
         raise VerificationError(f"{written.folder} was not written as it should be: {'; '.join(problems)}")
     return zeros
 
 
 def _write_record(folder: Path, pruning: SavedPruning, hashes: dict[str, str]) -> None:
-    orders: dict[str, Tensor] = {}
-    masks: dict[str, Tensor] = {}
-    for index, layer in enumerate(pruning):
-        for name, group in layer.items():
-            orders[f"{index}.{name}"] = group.permutation.order.int()
-            masks |= {f"{index}.{path}": pack_mask(linear.mask) for path, linear in group.linears.items()}
+    layers = range(len(pruning.manifest["groups"]))
+    orders = {f"{index}.{name}": order.order.int() for index in layers for name, order in pruning.orders(index).items()}
     write_tensors(folder / PERMUTATIONS, orders)
-    write_tensors(folder / MASKS, masks)
+    write_tensors_in_turn(folder / MASKS, pruning.mask_specs(), pruning.packed_mask)
     write_json(folder / HASHES, hashes)
     record = {name: value for name, value in pruning.manifest.items() if name not in ("kind", "format", "versions")}
     write_manifest(folder, KIND, record)

@@ -1,23 +1,23 @@
 """Write the folded checkpoint: stock architecture, N:M in memory, nothing to permute at run time."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from permllm.artifacts import creating_folder, fingerprint, need_disk, read_manifest, write_json, write_manifest, write_tensors
 from permllm.assembly.checkpoint import HASHES, KIND, MASKS, PERMUTATIONS, RECORD_FOLDER, VerificationError, copy_small_files
-from permllm.assembly.folding import Folding, fold_model
+from permllm.assembly.folding import Folding
 from permllm.assembly.record import FOLDED, PrunedCheckpoint, read_masks
+from permllm.calibration.capture import all_logits
 from permllm.models.checkpoint_files import SAFETENSORS_INDEX, CheckpointFiles
-from permllm.models.loading import ModelSource, load_model
+from permllm.models.loading import ModelSource
+from permllm.models.streaming import StreamedModel
 from permllm.sparsity.bits import pack_mask, unpack_mask
 from permllm.sparsity.mask import is_nm_sparse
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from permllm.tensor_files import write_tensors_in_turn
 
 GATE_TOKENS = (2, 64)  # sequences and their length
 GATE_TOLERANCE = 1e-3  # of the largest logit, in float32: sums are taken in another order
@@ -44,7 +44,7 @@ def write_folded_checkpoint(masked: Path, folder: Path) -> dict[str, float]:
     if not folding.is_complete:
         left = [f"{checkpoint.adapter.layer_path(index)} {name}" for index, layer in enumerate(folding.gathers) for name in layer]
         raise ValueError(f"{masked} cannot be folded: {', '.join(left)} would have to be gathered at run time; prune it under layout foldable")
-    error = folding_error(load_model(ModelSource(str(masked), dtype="float32", device="cpu")), folding)
+    error = folding_error(StreamedModel.open(ModelSource(str(masked), dtype="float32", device="cpu")), folding)
     if not error <= GATE_TOLERANCE:
         raise VerificationError(f"folding {masked} would change its logits by {error:.2g} of the largest one; at most {GATE_TOLERANCE:g} is rounding")
     with creating_folder(folder) as partial:
@@ -55,27 +55,28 @@ def write_folded_checkpoint(masked: Path, folder: Path) -> dict[str, float]:
     return {"bytes": written, "folding_error": error}
 
 
-@torch.no_grad()
-def folding_error(model: "PreTrainedModel", folding: Folding) -> float:
+def folding_error(model: StreamedModel, folding: Folding) -> float:
     """Return by how much folding changes a logit at most, relative to the largest one, on random tokens.
 
     Args:
-        model: in float32; folded on return.
+        model: in float32, as it is before.
     """
-    tokens = torch.randint(model.config.vocab_size, GATE_TOKENS, generator=torch.Generator().manual_seed(0)).to(model.device)
-    before = model(tokens, use_cache=False).logits
-    fold_model(model, folding)
-    return float((model(tokens, use_cache=False).logits - before).abs().max() / before.abs().max())
+    tokens = torch.randint(model.model.config.vocab_size, GATE_TOKENS, generator=torch.Generator().manual_seed(0))
+    before = all_logits(model, tokens)
+    return float((all_logits(replace(model, change=folding.apply), tokens) - before).abs().max() / before.abs().max())
 
 
 def _write_shards(files: CheckpointFiles, checkpoint: PrunedCheckpoint, folding: Folding, folder: Path) -> int:
-    hashes: dict[str, str] = {}
-    total = 0
-    for shard in files.shards:
-        tensors = {name: folding.apply(checkpoint.parameters[name], tensor) for name, tensor in files.shard_tensors(shard)}
-        write_tensors(folder / shard, tensors, {"format": "pt"})
-        hashes |= {name: fingerprint([tensor]) for name, tensor in tensors.items()}
-        total += sum(tensor.nbytes for tensor in tensors.values())
+    hashes = dict.fromkeys(files.names(), "")
+
+    def folded(name: str) -> Tensor:
+        tensor = folding.apply(checkpoint.parameters[name], files.tensor(name))
+        hashes[name] = fingerprint([tensor])
+        return tensor
+
+    for shard, names in files.shards.items():
+        write_tensors_in_turn(folder / shard, {name: files.specs[name] for name in names}, folded, {"format": "pt"})
+    total = sum(spec.nbytes for spec in files.specs.values())
     if len(files.shards) > 1:
         (folder / SAFETENSORS_INDEX).write_bytes((files.folder / SAFETENSORS_INDEX).read_bytes())
     record, before = folder / RECORD_FOLDER, files.folder / RECORD_FOLDER
@@ -99,12 +100,11 @@ def _fold_masks(checkpoint: PrunedCheckpoint, folding: Folding, masks: Mapping[s
 
 def _verify(source: CheckpointFiles, written: CheckpointFiles, checkpoint: PrunedCheckpoint, folding: Folding) -> None:
     problems, targets = [], checkpoint.targets()
-    for shard in source.shards:
-        result = dict(written.shard_tensors(shard))
-        for name, tensor in source.shard_tensors(shard):
-            if not torch.equal(result[name], folding.apply(checkpoint.parameters[name], tensor)):
-                problems.append(f"{name} is not the folded tensor")
-            if name in targets and not is_nm_sparse(result[name], checkpoint.record.pattern):
-                problems.append(f"{name} is not {checkpoint.record.pattern} as it lies")
+    for name in source.names():
+        found = written.tensor(name)
+        if not torch.equal(found, folding.apply(checkpoint.parameters[name], source.tensor(name))):
+            problems.append(f"{name} is not the folded tensor")
+        if name in targets and not is_nm_sparse(found, checkpoint.record.pattern):
+            problems.append(f"{name} is not {checkpoint.record.pattern} as it lies")
     if problems:
         raise VerificationError(f"{written.folder} was not written as it should be: {'; '.join(problems)}")

@@ -219,3 +219,21 @@ def dense_statistics(layered: LayeredModel, tokens: Tensor, batch_size: int, kee
             with accumulated_grams(layer, layered.adapter) as accumulators:
                 advance(layer, inputs, batch_size, layered.adapter.layer_path(index))
         yield {name: accumulator.statistics() for name, accumulator in accumulators.items()}
+
+
+def last_hidden(layered: LayeredModel, tokens: Tensor, batch_size: int, keep: HiddenStates = on_device) -> Tensor:
+    """Return the hidden states after the last decoder layer, (sequences, length, channels)."""
+    with layered.stem():
+        inputs = capture_decoder_inputs(layered.model, layered.adapter, tokens, keep)
+    for index in range(len(layered)):
+        with layered.layer(index) as layer:
+            advance(layer, inputs, batch_size, layered.adapter.layer_path(index))
+    return inputs.hidden
+
+
+@torch.no_grad()
+def all_logits(layered: LayeredModel, tokens: Tensor) -> Tensor:
+    """Return the logits of all sequences in one batch, (sequences, length, vocabulary)."""
+    hidden = last_hidden(layered, tokens, len(tokens))
+    with layered.head():
+        return finish(layered.model, layered.adapter, hidden)

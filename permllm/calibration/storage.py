@@ -12,6 +12,7 @@ from permllm.artifacts import fingerprint, read_manifest, read_tensors, write_ma
 from permllm.calibration.samples import CalibrationSet
 from permllm.calibration.statistics import ActivationStats, LayerStats
 from permllm.models.adapter import ModelAdapter
+from permllm.scratch import Scratch, layer_name
 
 KIND = "calibrate"
 
@@ -37,6 +38,11 @@ class SavedStatistics(Sequence[LayerStats]):
     def __iter__(self) -> Iterator[LayerStats]:
         return (self[index] for index in range(self.layers))
 
+    def stamp(self) -> list[tuple[str, int, int]]:
+        """Return name, size and time of every file: other files have another stamp, without reading gigabytes."""
+        files = [_layer_file(self.folder, index) for index in range(self.layers)]
+        return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+
 
 @dataclass(frozen=True)
 class Calibration:
@@ -53,14 +59,31 @@ class Calibration:
 
 
 def save_calibration(
-    folder: Path, samples: CalibrationSet, statistics: Iterable[LayerStats], model_fingerprint: str, record: Mapping[str, Any]
+    folder: Path,
+    samples: CalibrationSet,
+    statistics: Iterable[LayerStats],
+    model_fingerprint: str,
+    record: Mapping[str, Any],
+    scratch: Scratch | None = None,
 ) -> None:
-    """Write a calibration while its statistics are computed; the manifest comes last."""
+    """Write a calibration while its statistics are computed; the manifest comes last.
+
+    Args:
+        scratch: where finished layers are kept until all are; `statistics` go on behind those that are there.
+    """
     write_tensors(folder / "samples.safetensors", {"tokens": samples.tokens})
-    layers = 0
-    for index, stats in enumerate(statistics):
-        write_tensors(_layer_file(folder, index), {name: group.gram for name, group in stats.items()})
-        layers, tokens = index + 1, next(iter(stats.values())).tokens
+    done = 0 if scratch is None else len(scratch)
+    tokens = scratch.record(0)["tokens"] if done else 0
+    layers = done
+    for index, stats in enumerate(statistics, start=done):
+        grams, tokens = {name: group.gram for name, group in stats.items()}, next(iter(stats.values())).tokens
+        if scratch is None:
+            write_tensors(_layer_file(folder, index), grams)
+        else:
+            scratch.keep(index, grams, {"tokens": tokens})
+        layers = index + 1
+    if scratch is not None:
+        scratch.deliver(folder)
     manifest = {"layers": layers, "tokens": tokens, "held_out": samples.held_out, "model_fingerprint": model_fingerprint}
     write_manifest(folder, KIND, {**manifest, "fingerprint": fingerprint([model_fingerprint, samples.tokens]), **record})
 
@@ -84,4 +107,4 @@ def load_calibration(folder: Path, device: torch.device | str = "cpu") -> Calibr
 
 
 def _layer_file(folder: Path, index: int) -> Path:
-    return folder / f"layer_{index:03d}.safetensors"
+    return folder / layer_name(index)

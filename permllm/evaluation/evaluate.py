@@ -4,6 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from permllm.calibration.capture import HiddenStates, on_device
 from permllm.calibration.samples import tokenize
 from permllm.calibration.texts import TextSource, read_documents
@@ -41,20 +43,26 @@ class EvaluateConfig:
         self.zero_shot.check()
 
 
+def perplexity_tokens(config: PerplexityConfig, tokenizer: "PreTrainedTokenizerBase") -> Tensor:
+    """Return the tokens of the text, (tokens,) int64."""
+    return tokenize(list(read_documents(config.text).values()), tokenizer)
+
+
 def evaluate(
     layered: LayeredModel,
     load: "Callable[[], PreTrainedModel]",
     tokenizer: "PreTrainedTokenizerBase",
+    tokens: Tensor,
     config: EvaluateConfig,
     keep: HiddenStates = on_device,
 ) -> dict[str, Any]:
     """Return `perplexity`, and `zero_shot` by task.
 
     Args:
+        tokens: of the text for the perplexity, see `perplexity_tokens`.
         load: returns the whole model; called if there are zero-shot tasks.
         keep: see `perplexity`.
     """
-    tokens = tokenize(list(read_documents(config.perplexity.text).values()), tokenizer)
     return {
         "perplexity": perplexity(layered, tokens, config.perplexity.length, config.perplexity.batch_size, keep),
         "zero_shot": zero_shot(load(), tokenizer, config.zero_shot) if config.zero_shot.tasks else {},

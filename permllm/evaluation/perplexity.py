@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from permllm.calibration.capture import HiddenStates, advance, capture_decoder_inputs, finish, on_device
+from permllm.calibration.capture import HiddenStates, finish, last_hidden, on_device
 from permllm.models.streaming import LayeredModel
 
 
@@ -27,14 +27,10 @@ def perplexity(layered: LayeredModel, tokens: Tensor, length: int, batch_size: i
     windows = tokens[: tokens.numel() // length * length].view(-1, length)
     if not len(windows):
         raise ValueError(f"the evaluation text has {tokens.numel()} tokens, fewer than one window of {length}; give more text or lower length")
-    with layered.stem():
-        inputs = capture_decoder_inputs(layered.model, layered.adapter, windows, keep)
-    for index in range(len(layered)):
-        with layered.layer(index) as layer:
-            advance(layer, inputs, batch_size, layered.adapter.layer_path(index))
+    last = last_hidden(layered, windows, batch_size, keep)
     total = torch.zeros((), dtype=torch.float64)
     with layered.head():
-        for batch, hidden in zip(windows.split(batch_size), inputs.hidden.split(batch_size), strict=True):
+        for batch, hidden in zip(windows.split(batch_size), last.split(batch_size), strict=True):
             logits = finish(layered.model, layered.adapter, hidden.to(layered.device))[:, :-1].float()
             total += cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten().to(logits.device), reduction="sum").double().cpu()
     mean = total / (windows.numel() - len(windows))

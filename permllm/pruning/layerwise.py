@@ -52,15 +52,17 @@ def prune_in_parallel(
     pattern: NMPattern,
     method: PruningMethod,
     permutations: Iterable[LayerPermutations] | None = None,
+    generator: torch.Generator | None = None,
 ) -> Iterator[PrunedLayer]:
     """Prune every layer from the statistics of the dense model, one at a time.
 
     Args:
         weights: of the target linears of each decoder layer, by path below it.
         permutations: of each decoder layer, where they are known already: learned, or found for all layers together.
+        generator: of random permutations and of the search; None for a new one with the method's seed.
     """
     learned = None if permutations is None else iter(permutations)
-    generator = torch.Generator().manual_seed(method.seed)
+    generator = generator or torch.Generator().manual_seed(method.seed)
     for layer, stats in zip(weights, statistics, strict=True):
         yield prune_layer(layer, adapter, stats, pattern, method, learned and next(learned), generator)
 
@@ -112,20 +114,27 @@ def prune_in_sequence(
     method: PruningMethod,
     permutations: Sequence[LayerPermutations] | None = None,
     keep: HiddenStates = on_device,
+    generator: torch.Generator | None = None,
+    pruned_before: Sequence[PrunedLayer] = (),
 ) -> Iterator[PrunedLayer]:
     """Prune every layer from what the pruned layers before it put out, as the papers of the methods do.
 
-    A loaded model is pruned in place while this runs. `permutations` as for `prune_in_parallel`.
+    A loaded model is pruned in place while this runs. `permutations` and `generator` as for `prune_in_parallel`.
 
     Args:
         keep: where the hidden states of all sequences are to be, an entry of `HIDDEN_STATES`.
+        pruned_before: the first layers, where they are pruned already: they are run, and not yielded.
     """
     adapter = layered.adapter
     with layered.stem():
         inputs = capture_decoder_inputs(layered.model, adapter, tokens, keep)
-    generator = torch.Generator().manual_seed(method.seed)
+    generator = generator or torch.Generator().manual_seed(method.seed)
     for index in range(len(layered)):
         with layered.layer(index) as layer:
+            if index < len(pruned_before):
+                apply_layer(layer, pruned_before[index])
+                advance(layer, inputs, batch_size, adapter.layer_path(index))
+                continue
             stats = layer_statistics(layer, adapter, inputs, batch_size)
             weights = {path: linear.weight for path, linear in adapter.linears(layer).items()}
             pruned = prune_layer(weights, adapter, stats, pattern, method, permutations and permutations[index], generator)

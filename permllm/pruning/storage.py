@@ -1,6 +1,6 @@
 """Pruned layers on disk: orders, packed masks and updated weights, one file per decoder layer."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,10 @@ from permllm.artifacts import read_manifest, read_tensors, write_manifest, write
 from permllm.models.checkpoint_files import CheckpointFiles
 from permllm.permutation.permutation import Permutation
 from permllm.pruning.methods import PrunedGroup, PrunedLayer, PrunedLinear, PruningMethod
+from permllm.pruning.permutations import LayerPermutations
+from permllm.scratch import Scratch, layer_name
 from permllm.sparsity.bits import pack_mask, unpack_mask
+from permllm.tensor_files import TensorSpec, read_tensor, tensor_specs
 
 KIND = "prune"
 
@@ -33,31 +36,93 @@ class SavedPruning:
 
     def layer(self, index: int) -> PrunedLayer:
         """Read one decoder layer."""
-        tensors = read_tensors(_layer_file(self.folder, index))
+        return _read_layer(_layer_file(self.folder, index), self.manifest["groups"][index])
+
+    def orders(self, index: int) -> LayerPermutations:
+        """Read the orders of one decoder layer alone."""
+        file = _layer_file(self.folder, index)
+        return {name: Permutation(read_tensor(file, f"{name}.order").to(torch.int64)) for name in self.manifest["groups"][index]}
+
+    def mask_specs(self) -> dict[str, TensorSpec]:
+        """Return type and shape of every packed mask, by `<layer>.<path>`."""
+        files = {index: tensor_specs(_layer_file(self.folder, index)) for index in range(len(self.manifest["groups"]))}
         return {
-            name: _unpack_group(tensors, name, record["linears"], record["retained_score"], record["output_error"])
-            for name, record in self.manifest["groups"][index].items()
+            f"{index}.{name.removesuffix('.mask')}": spec for index, specs in files.items() for name, spec in specs.items() if name.endswith(".mask")
         }
 
+    def packed_mask(self, name: str) -> Tensor:
+        """Read one packed mask, by `<layer>.<path>`."""
+        index, _, path = name.partition(".")
+        return read_tensor(_layer_file(self.folder, int(index)), f"{path}.mask")
 
-def save_pruning(folder: Path, layers: Iterable[PrunedLayer], record: Mapping[str, Any]) -> dict[str, float]:
+
+@dataclass(frozen=True)
+class FinishedLayers(Sequence[PrunedLayer]):
+    """Pruned layers that an interrupted run left, read one at a time."""
+
+    scratch: Scratch
+
+    def __len__(self) -> int:
+        return len(self.scratch)
+
+    def __getitem__(self, index: int) -> PrunedLayer:
+        return _read_layer(self.scratch.file(index), self.scratch.record(index)["groups"])
+
+    def restore(self, generator: torch.Generator) -> None:
+        """Put a generator where it stood after the last of them."""
+        if len(self):
+            state = bytes.fromhex(self.scratch.record(len(self) - 1)["generator"])
+            generator.set_state(torch.frombuffer(bytearray(state), dtype=torch.uint8))
+
+
+def save_pruning(
+    folder: Path,
+    layers: Iterable[PrunedLayer],
+    record: Mapping[str, Any],
+    scratch: Scratch | None = None,
+    generator: torch.Generator | None = None,
+) -> dict[str, float]:
     """Write pruned layers as they come; the manifest comes last.
+
+    Args:
+        scratch: where finished layers are kept until all are, each with the state of the `generator` behind it;
+            `layers` go on behind those that are there.
 
     Returns:
         `retained_score` and `output_error`, averaged over all linear groups.
     """
-    groups: list[dict[str, Any]] = []
-    for index, layer in enumerate(layers):
-        write_tensors(_layer_file(folder, index), {name: tensor for group in layer.items() for name, tensor in _pack_group(*group)})
+    groups: list[dict[str, Any]] = [] if scratch is None else [scratch.record(index)["groups"] for index in range(len(scratch))]
+    for index, layer in enumerate(layers, start=len(groups)):
+        tensors = {name: tensor for group in layer.items() for name, tensor in _pack_group(*group)}
         groups.append(
             {
                 name: {"linears": list(group.linears), "retained_score": group.retained_score, "output_error": group.output_error}
                 for name, group in layer.items()
             }
         )
+        if scratch is None:
+            write_tensors(_layer_file(folder, index), tensors)
+        else:
+            scratch.keep(index, tensors, {"groups": groups[index], "generator": generator.get_state().numpy().tobytes().hex()})
+    if scratch is not None:
+        scratch.deliver(folder)
     write_manifest(folder, KIND, {**record, "groups": groups})
     flat = [group for layer in groups for group in layer.values()]
     return {name: sum(group[name] for group in flat) / len(flat) for name in ("retained_score", "output_error")}
+
+
+def kept_orders(file: Path, find: Callable[[], list[LayerPermutations]]) -> list[LayerPermutations]:
+    """Return the orders that a file holds, or find them and write it."""
+    if not file.is_file():
+        found = find()
+        # clones: a shared order is one tensor in many places, which safetensors refuses
+        write_tensors(file, {f"{index}.{name}": order.order.clone() for index, layer in enumerate(found) for name, order in layer.items()})
+        return found
+    layers: dict[int, LayerPermutations] = {}
+    for name, order in read_tensors(file).items():
+        index, _, group = name.partition(".")
+        layers.setdefault(int(index), {})[group] = Permutation(order)
+    return [layers[index] for index in sorted(layers)]
 
 
 def pruning_bytes(files: CheckpointFiles, method: PruningMethod) -> int:
@@ -92,5 +157,12 @@ def _unpack_group(tensors: Mapping[str, Tensor], name: str, paths: list[str], re
     return PrunedGroup(permutation, linears, retained_score, output_error)
 
 
+def _read_layer(file: Path, groups: Mapping[str, Any]) -> PrunedLayer:
+    tensors = read_tensors(file)
+    return {
+        name: _unpack_group(tensors, name, record["linears"], record["retained_score"], record["output_error"]) for name, record in groups.items()
+    }
+
+
 def _layer_file(folder: Path, index: int) -> Path:
-    return folder / f"layer_{index:03d}.safetensors"
+    return folder / layer_name(index)

@@ -37,8 +37,8 @@ def test_the_gate_refuses_a_folding_that_changes_the_logits_before_anything_is_w
     def forget_a_norm(model, folding):
         return original(model, type(folding)({name: order for name, order in folding.rows.items() if "input_layernorm" not in name}, folding.columns))
 
-    original = folded.fold_model
-    monkeypatch.setattr(folded, "fold_model", forget_a_norm)
+    original = folded.folding_error
+    monkeypatch.setattr(folded, "folding_error", forget_a_norm)
     with pytest.raises(VerificationError, match="would change its logits by"):
         write_folded_checkpoint(masked, tmp_path / "folded")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "masked", "pruning"]

@@ -193,6 +193,23 @@ def test_an_index_that_lies_is_refused_with_every_lie(sharded):
         assert lie in str(error.value)
 
 
+def test_tensors_in_two_shards_and_shards_that_are_gone_or_damaged_are_refused_together(sharded):
+    shards = sorted(sharded.glob("*.safetensors"))
+    weight_map = json.loads((sharded / "model.safetensors.index.json").read_text())["weight_map"]
+    twice = next(name for name, shard in weight_map.items() if shard == shards[0].name)
+    save_file({**load_file(shards[1]), twice: torch.zeros(2)}, shards[1], {"format": "pt"})
+    shards[2].write_bytes(shards[2].read_bytes()[:-10])
+    shards[3].unlink()
+    with pytest.raises(ValueError, match="does not match its files") as error:
+        CheckpointFiles.find(sharded)
+    for lie in (
+        f"{twice} is in {shards[1].name}, but the index names {shards[0].name}",
+        f"{shards[2].name} is damaged",
+        f"{shards[3].name} is not there",
+    ):
+        assert lie in str(error.value)
+
+
 @pytest.mark.parametrize("text", ["not json", "{}"])
 def test_an_index_that_cannot_be_read_is_named(sharded, text):
     (sharded / "model.safetensors.index.json").write_text(text)
