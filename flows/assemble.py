@@ -16,8 +16,8 @@ from permllm.assembly.checkpoint import write_masked_checkpoint
 from permllm.assembly.folded import write_folded_checkpoint
 from permllm.footprint import ModelSize, assemble_needs
 from permllm.memory import need_memory
-from permllm.models.families import adapter_of
-from permllm.models.loading import load_skeleton
+from permllm.models.checkpoint_files import CheckpointFiles
+from permllm.models.loading import load_adapter
 from permllm.params import Params
 from permllm.pruning.storage import load_pruning
 
@@ -26,9 +26,8 @@ def assemble(params: Params, setting: Setting) -> dict[str, Any]:
     """Write a pruned model as a stock checkpoint."""
     source = params.model(setting.model).model_source()
     pruning = load_pruning(setting.path("prune"))
-    skeleton = load_skeleton(source)
-    adapter = adapter_of(skeleton)
-    needs = assemble_needs(ModelSize.of(skeleton, adapter, torch.float32), pruning.manifest["method_settings"]["update"])
+    adapter, shapes = load_adapter(source), CheckpointFiles.find(source.folder()).shapes
+    needs = assemble_needs(ModelSize.of(shapes, adapter, torch.float32), pruning.manifest["method_settings"]["update"])
     need_memory(f"assemble {setting.model}", torch.device("cpu"), *needs)
     with replacing_folder(setting.path("assemble")) as folder:
         if pruning.manifest["method_settings"]["layout"] == "free":

@@ -26,7 +26,7 @@ def calibrate(params: Params, setting: Setting) -> dict[str, Any]:
     samples = draw_windows(tokens, config.sequences, config.length, config.seed, config.held_out)
     model = StreamedModel.open(source)
     device, training = model.device, samples.tokens[samples.training_rows]
-    needs = calibrate_needs(ModelSize.of(model.model, model.adapter, model.dtype), config, model_params.hidden_states)
+    needs = calibrate_needs(ModelSize.of(model.files.shapes, model.adapter, model.dtype), config, model_params.hidden_states)
     need_memory(f"calibrate {setting.model}", device, *needs)
     home, model_fingerprint = setting.scratch("calibrate"), model.files.fingerprint()
     for folder in (setting.path("calibrate"), home):

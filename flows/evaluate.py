@@ -22,7 +22,7 @@ def evaluate(params: Params, setting: Setting) -> dict[str, Any]:
         source = replace(source, source=str(setting.path("assemble")), revision=None)
     config, streamed = model_params.evaluate, StreamedModel.open(source)
     tokens = library.perplexity_tokens(config.perplexity, tokenizer)
-    needs = evaluate_needs(ModelSize.of(streamed.model, streamed.adapter, streamed.dtype), config, tokens.numel(), model_params.hidden_states)
+    needs = evaluate_needs(ModelSize.of(streamed.files.shapes, streamed.adapter, streamed.dtype), config, tokens.numel(), model_params.hidden_states)
     need_memory(f"evaluate {setting.model}", streamed.device, *needs)
     measured = library.evaluate(streamed, lambda: load_model(source), tokenizer, tokens, config, model_params.keep_hidden())
     return {**measured, "bytes": streamed.files.total_bytes()}

@@ -37,7 +37,7 @@ def parameters(sequences: int, length: int, *, sequential: bool, texts: Path) ->
         "device": "cpu",
         "calibrate": {"text": {"files": f"{texts}/*.txt"}, "sequences": sequences, "length": length, "held_out": 0, "batch_size": 1},
         "prune": {"sequential": sequential},
-        "evaluate": {"perplexity": {"text": {"files": f"{texts}/a_0*.txt"}, "length": length}, "zero_shot": {"tasks": {}}},
+        "evaluate": {"perplexity": {"text": {"files": f"{texts}/a_02.txt"}, "length": length}, "zero_shot": {"tasks": {}}},
     }
     run = {"models": [MODEL], "patterns": [PATTERN], "one_shot": list(METHODS), "learned": [], "methods": list(METHODS)}
     return {"run": run, "methods": METHODS, "models": {MODEL: model}}
@@ -83,18 +83,16 @@ def _elements(path: Path) -> int:
 def predict(shape: str, sequences: int, length: int) -> Iterator[tuple[str, float]]:
     """Yield what docs/memory.md's formulas say of a shape: stage and method, and GB apart from what Python and its libraries take."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
 
     from permllm.benchmark.memory import SHAPES
     from permllm.calibration.samples import CalibrateConfig
     from permllm.calibration.texts import TextSource
     from permllm.footprint import ModelSize, assemble_needs, calibrate_needs, prune_needs
-    from permllm.models.families import adapter_of
+    from permllm.models.families import adapter_for
     from permllm.pruning.methods import PruningMethod
 
-    with torch.device("meta"):
-        model = LlamaForCausalLM(LlamaConfig(**SHAPES[shape].config()))
-    size = ModelSize.of(model, adapter_of(model), torch.bfloat16)
+    shapes = {name: tensor for shard in SHAPES[shape].shards() for name, tensor in shard.items()}
+    size = ModelSize.of(shapes, adapter_for("LlamaForCausalLM"), torch.bfloat16)
     config = CalibrateConfig(TextSource(files="none"), sequences, length, held_out=0)
     wanda, sparsegpt = PruningMethod("wanda"), PruningMethod(update="sparsegpt")
     stages = {
@@ -124,7 +122,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--shape", default="1.1b", help="see permllm/benchmark/memory.py")
     parser.add_argument("--sequences", type=int, default=8)
-    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--result", type=Path, default=RESULT)
     parser.add_argument("--table", action="store_true", help="print the extrapolated table in GB, and measure nothing")
     chosen = parser.parse_args(argv)

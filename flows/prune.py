@@ -13,8 +13,7 @@ from permllm.footprint import ModelSize, prune_needs
 from permllm.memory import need_memory
 from permllm.models.adapter import Heads
 from permllm.models.checkpoint_files import CheckpointFiles
-from permllm.models.families import adapter_of
-from permllm.models.loading import DTYPES, load_skeleton, resolve_device
+from permllm.models.loading import DTYPES, load_adapter, load_config, resolve_device
 from permllm.models.streaming import StreamedModel
 from permllm.params import Params
 from permllm.pruning.layerwise import checkpoint_weights, prune_in_parallel, prune_in_sequence
@@ -30,9 +29,9 @@ def prune(params: Params, setting: Setting) -> dict[str, Any]:
     pattern = NMPattern.parse(setting.pattern)
     source = model_params.model_source()
     calibration, config = open_calibration(params, setting), model_params.prune
-    skeleton, statistics, files = load_skeleton(source), calibration.statistics, CheckpointFiles.find(source.folder())
-    adapter, device, home = adapter_of(skeleton), resolve_device(source.device), setting.scratch("prune")
-    size = ModelSize.of(skeleton, adapter, DTYPES[source.dtype])
+    adapter, statistics, files = load_adapter(source), calibration.statistics, CheckpointFiles.find(source.folder())
+    device, home = resolve_device(source.device), setting.scratch("prune")
+    size = ModelSize.of(files.shapes, adapter, DTYPES[source.dtype])
     needs = prune_needs(size, method, config.sequential, model_params.calibrate, model_params.hidden_states)
     need_memory(f"prune {setting.model}", device, *needs)
     for folder in (setting.path("prune"), home):
@@ -46,7 +45,7 @@ def prune(params: Params, setting: Setting) -> dict[str, Any]:
         finished.restore(generator)
         if method.layout != "free":  # orders that layers share are found for all of them first, from the dense model's activations
             found_by = torch.Generator().manual_seed(method.seed)
-            arguments = weights, adapter, Heads.of(skeleton.config), statistics, pattern, found_by
+            arguments = weights, adapter, Heads.of(load_config(source)), statistics, pattern, found_by
             find = partial(find_permutations, method.layout, method.permutation, method.score, *arguments)
             permutations = kept_orders(scratch.folder / "orders.safetensors", find)
         if config.sequential:

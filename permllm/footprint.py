@@ -3,9 +3,11 @@
 What is on the device is named apart from what is in the host's memory. On a CPU both are the same memory.
 """
 
-from collections.abc import Mapping
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 import torch
 
@@ -14,9 +16,6 @@ from permllm.evaluation.evaluate import EvaluateConfig
 from permllm.memory import Need
 from permllm.models.adapter import ModelAdapter
 from permllm.pruning.methods import PruningMethod
-
-if TYPE_CHECKING:  # slow to import
-    from transformers import PreTrainedModel
 
 FLOAT = torch.float32.itemsize
 LOWER_SEQUENCES = "set hidden_states: disk, or lower calibrate.sequences or calibrate.length"
@@ -63,22 +62,33 @@ class ModelSize:
     itemsize: int
 
     @classmethod
-    def of(cls, model: "PreTrainedModel", adapter: ModelAdapter, dtype: torch.dtype) -> Self:
-        """Measure a model; the meta device is enough."""
-        layers = adapter.layers(model)
-        largest = max(layers, key=lambda layer: sum(parameter.numel() for parameter in layer.parameters()))
-        linears = adapter.linears(largest)
-        groups = {
-            name: GroupSize(linears[group.readers[0]].in_features, sum(linears[path].out_features for path in group.readers))
+    def of(cls, shapes: Mapping[str, Sequence[int]], adapter: ModelAdapter, dtype: torch.dtype) -> Self:
+        """Measure a checkpoint.
+
+        Args:
+            shapes: of its tensors, by name.
+            dtype: of the weights while they are in memory.
+
+        Raises:
+            ValueError: if it lacks a target.
+        """
+        sizes = {name: torch.Size(shape).numel() for name, shape in shapes.items()}
+        starts = "|".join(re.escape(start) for start in (adapter.decoder_layers, *adapter.checkpoint_prefixes))
+        layer_of = {name: int(found[1]) for name in sizes if (found := re.match(rf"(?:{starts})\.(\d+)\.", name))}
+        layers = Counter()
+        for name, index in layer_of.items():
+            layers[index] += sizes[name]
+        names = adapter.tensor_names(len(layers), sizes)
+        widest = {
+            name: [max(shapes[names[adapter.path(index, path)]] for index in layers) for path in group.readers]
             for name, group in adapter.linear_groups.items()
         }
-        total = sum(parameter.numel() for parameter in model.parameters())
-        outside = total - sum(parameter.numel() for parameter in layers.parameters())
-        ends = (model.get_input_embeddings().weight, model.get_output_embeddings().weight)
-        if ends[0] is not ends[1]:
-            outside -= min(end.numel() for end in ends)
-        layer = sum(parameter.numel() for parameter in largest.parameters())
-        return cls(groups, layer, outside, total, model.config.hidden_size, model.config.vocab_size, dtype.itemsize)
+        groups = {name: GroupSize(found[0][1], sum(shape[0] for shape in found)) for name, found in widest.items()}
+        outside = sorted((size for name, size in sizes.items() if name not in layer_of), reverse=True)
+        ends = 2 if outside[0] == outside[1] else 1  # embeddings and head, or tied ones
+        vocabulary = next(shapes[name][0] for name, size in sizes.items() if name not in layer_of and size == outside[0])
+        channels = next(groups[name].channels for name, group in adapter.linear_groups.items() if not group.writers)
+        return cls(groups, max(layers.values()), sum(outside) - (ends - 1) * outside[0], sum(sizes.values()), channels, vocabulary, dtype.itemsize)
 
     @property
     def gram_bytes(self) -> int:

@@ -14,9 +14,13 @@ from permllm.pruning.methods import PruningMethod
 CONFIG = CalibrateConfig(TextSource(files="x"), sequences=12, length=16, held_out=2, batch_size=4)
 
 
+def shapes(model):
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
 @pytest.fixture
 def size(llama):
-    return ModelSize.of(llama, adapter_of(llama), torch.bfloat16)
+    return ModelSize.of(shapes(llama), adapter_of(llama), torch.bfloat16)
 
 
 def named(needs):
@@ -30,8 +34,11 @@ def test_the_sizes_of_a_model_are_counted(size):
 
 
 def test_every_family_has_a_size(model, adapter):
-    size = ModelSize.of(model, adapter, torch.float32)
+    size = ModelSize.of(shapes(model), adapter, torch.float32)
     assert 3 * size.layer + size.outside <= size.total and len(size.groups) == 4
+    assert size.channels == 32 and size.vocabulary == 97
+    without_prefix = {name.removeprefix("model."): shape for name, shape in shapes(model).items()}
+    assert ModelSize.of(without_prefix, adapter, torch.float32) == size
 
 
 def test_calibrate_holds_hidden_states_where_they_are_to_be(size):

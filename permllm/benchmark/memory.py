@@ -58,7 +58,7 @@ class LlamaShape:
 
 
 SHAPES = {
-    "tiny": LlamaShape(32, 5, 48, 4, 2, 128),
+    "tiny": LlamaShape(32, 5, 48, 4, 2, 4096),
     "1.1b": LlamaShape(2048, 22, 5632, 32, 4),  # TinyLlama
     "7b": LlamaShape(4096, 32, 11008, 32, 32),
     "13b": LlamaShape(5120, 40, 13824, 40, 40),

@@ -80,6 +80,11 @@ class CheckpointFiles:
         """Type and shape of every tensor, by name."""
         return {name: spec for shard in self.shards for name, spec in self._shard_specs(shard).items()}
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every tensor, by name."""
+        return {name: spec.shape for name, spec in self.specs.items()}
+
     @cached_property
     def _shard_of(self) -> dict[str, str]:
         return {name: shard for shard, names in self.shards.items() for name in names}

@@ -114,7 +114,7 @@ class StreamedModel:
             ValueError: as `load_model`, naming all that is wrong.
         """
         device, model, files = resolve_device(source.device), load_skeleton(source), CheckpointFiles.find(source.folder())
-        filled = parameters_filled(model, {name: spec.shape for name, spec in files.specs.items()})
+        filled = parameters_filled(model, files.shapes)
         stored = {parameter: name for name, parameter in filled.items() if parameter is not None}
         model.config.use_cache = False
         compute_buffers(model, device)
@@ -152,17 +152,6 @@ class StreamedModel:
                 yield self.adapter.layers(self.model)[index]
             finally:
                 ahead.join()
-
-    def parts(self) -> Iterator[list[str]]:
-        """Yield the names of the parameters that are there together: the stem, every layer, the head."""
-        yield self._outside(leave_out=self.model.get_output_embeddings())
-        yield from (self._of_layer(index) for index in range(len(self)))
-        yield self._outside(leave_out=self.model.get_input_embeddings())
-
-    def largest_bytes(self) -> int:
-        """Return the most bytes of weights that are there at a time."""
-        sizes = [sum(self.files.specs[self.stored[name]].numel for name in {self._source(name) for name in part}) for part in self.parts()]
-        return max(sizes) * self.dtype.itemsize
 
     def _of_layer(self, index: int) -> list[str]:
         prefix = f"{self.adapter.layer_path(index)}."
