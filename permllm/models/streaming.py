@@ -114,7 +114,7 @@ class StreamedModel:
             ValueError: as `load_model`, naming all that is wrong.
         """
         device, model, files = resolve_device(source.device), load_skeleton(source), CheckpointFiles.find(source.folder())
-        filled = parameters_filled(model, files.shapes)
+        filled = parameters_filled(model, files.names(), files.shapes)
         stored = {parameter: name for name, parameter in filled.items() if parameter is not None}
         model.config.use_cache = False
         compute_buffers(model, device)
