@@ -1,6 +1,8 @@
 """How much memory there is, and a refusal to start what will not fit."""
 
 import os
+import resource
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +46,15 @@ def _available_bytes() -> int:
         entries = dict(line.split(":") for line in meminfo.read_text().splitlines())
         return int(entries["MemAvailable"].split()[0]) * 1024
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")  # no better figure outside of Linux
+
+
+def peak_host_bytes() -> int:
+    """Return the most resident memory that this process had. `ru_maxrss` would begin with the peak of the process that started it."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        entries = dict(line.split(":", 1) for line in status.read_text().splitlines())
+        return int(entries["VmHWM"].split()[0]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def free_device_bytes(device: torch.device) -> int:

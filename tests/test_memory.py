@@ -1,8 +1,12 @@
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 from permllm import memory
-from permllm.memory import Need, NotEnoughMemoryError, free_device_bytes, free_host_bytes, need_memory
+from permllm.memory import Need, NotEnoughMemoryError, free_device_bytes, free_host_bytes, need_memory, peak_host_bytes
 
 CPU = torch.device("cpu")
 
@@ -54,3 +58,11 @@ def test_what_pytorch_keeps_in_reserve_on_a_gpu_is_free():
     before = free_device_bytes(torch.device("cuda"))
     torch.empty(1 << 26, device="cuda")
     assert free_device_bytes(torch.device("cuda")) >= before - (1 << 24)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="elsewhere a process begins with the peak of its parent")
+def test_the_peak_of_a_process_is_its_own():
+    held = torch.ones(1 << 30, dtype=torch.uint8)
+    code = "from permllm.memory import peak_host_bytes; print(peak_host_bytes())"
+    child = int(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
+    assert child < held.nbytes < peak_host_bytes()

@@ -1,7 +1,6 @@
 """Tokens per second of whole models, dense against packed: the prompt in one pass, and decoding token by token."""
 
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ from torch import Tensor
 from permllm.assembly.packed_format import MANIFEST
 from permllm.assembly.packed_model import load
 from permllm.benchmark.linears import device_name
+from permllm.memory import peak_host_bytes
 from permllm.models.families import adapter_of
 from permllm.models.loading import ModelSource, load_model, resolve_device
 from permllm.sparsity.mask import nm_mask
@@ -92,7 +92,7 @@ def main() -> None:
     model = load(folder, on) if (Path(folder) / MANIFEST).exists() else load_model(ModelSource(folder, dtype, on))
     with torch.inference_mode():
         _generate(model, torch.arange(64, device=device)[None], 4)
-    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_host_bytes()
     print(json.dumps(peak))
 
 

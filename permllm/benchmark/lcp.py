@@ -15,7 +15,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import subprocess
 import sys
 import time
@@ -39,6 +38,7 @@ from permllm.lcp.masked_linear import MaskedLinear, MaskRule, mask_layer, mask_r
 from permllm.lcp.objective import relative_error
 from permllm.lcp.recipes import LearnConfig
 from permllm.lookup import lookup
+from permllm.memory import peak_host_bytes
 from permllm.models.adapter import Heads
 from permllm.models.families import adapter_of
 from permllm.permutation.permutation import Permutation
@@ -274,7 +274,7 @@ def peak_memory(shape: Shape, device: torch.device, variant: str) -> dict[str, i
     for _ in range(2):
         bench.step()
     _wait(device)
-    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_host_bytes()
     return {"weight_bytes": weights, "peak_bytes": peak}
 
 

@@ -10,9 +10,7 @@ if TYPE_CHECKING:
 IGNORED = (r"rotary_emb\.inv_freq$", r"position_ids$")  # models compute them by themselves, whatever the checkpoint says
 
 
-def parameters_filled(
-    model: "PreTrainedModel", names: Collection[str], shapes: Mapping[str, Sequence[int]] | None = None
-) -> dict[str, str | None]:
+def parameters_filled(model: "PreTrainedModel", names: Collection[str], shapes: Mapping[str, Sequence[int]] | None = None) -> dict[str, str | None]:
     """Return the full name of the parameter that each tensor fills; None for tensors that the model does not read.
 
     Args:
