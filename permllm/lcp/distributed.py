@@ -16,8 +16,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 
 from permllm.artifacts import fingerprint
 from permllm.models.adapter import ModelAdapter
@@ -103,7 +101,7 @@ class Ranks:
         padded = gradient.new_zeros(size * self.count, channels)
         padded[:count] = gradient.t()
         summed = gradient.new_empty(size, channels)
-        dist.reduce_scatter_tensor(summed, padded)
+        dist.reduce_scatter_single(summed, padded)
         return summed[: mine.stop - mine.start].t()
 
     def all(self, flags: Sequence[bool]) -> list[bool]:
@@ -186,6 +184,8 @@ def open_sharded(source: ModelSource, ranks: Ranks) -> LoadedModel:
     Raises:
         ValueError: as `load_model`, naming all that is wrong.
     """
+    from torch.distributed.fsdp import fully_shard  # takes half a second
+
     streamed = StreamedModel.open(source)
     model, adapter = streamed.model, streamed.adapter
     mesh = init_device_mesh(ranks.device.type, (ranks.count,))
@@ -201,7 +201,7 @@ def open_sharded(source: ModelSource, ranks: Ranks) -> LoadedModel:
 
 def is_sharded(weight: Tensor) -> bool:
     """Whether every rank keeps some rows of a weight."""
-    return isinstance(weight, DTensor)
+    return hasattr(weight, "full_tensor")  # a DTensor, whose class takes half a second to import
 
 
 def whole(weight: Tensor) -> Tensor:
