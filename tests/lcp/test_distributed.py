@@ -28,8 +28,8 @@ LEARN = {"start": "cp", "epochs": 3, "batch_size": 4}  # of eight sequences
 STEADY = {**GUIDED, "start": "search", "recompute_layers": True}
 JOBS = {
     "logits": {"settings": LOGITS},
-    "paper": {"settings": {"recipe": "paper", "start": "identity", "block_size": 16, "batch_size": 3}, "score": "ria"},
-    "soft": {"settings": {**LOGITS, "learning_rate": 0.05, "estimator": "soft", "gumbel": 0.5, "rank": 4, "objective": "kl"}},
+    "paper": {"settings": {"recipe": "paper", "start": "identity", "block_size": 16, "batch_size": 3, "gumbel": 0.5}, "score": "ria"},
+    "soft": {"settings": {**LOGITS, "estimator": "soft", "rank": 4, "objective": "kl"}},
     "window": {"settings": {**LOGITS, "window": 1, "last_layers": 2, "layer_objective": {"smooth_l1": 0.5}, "recompute_layers": True}},
     "guided": {"settings": STEADY},
     "guided foldable": {"settings": {**GUIDED, "layout": "foldable"}, "score": "ria", "pattern": "4:8"},
