@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from torch.distributed import is_torchelastic_launched
 from tqdm import tqdm
 
 from flows.paths import Setting
@@ -16,7 +17,7 @@ from flows.prune import open_calibration, pruning_record
 from flows.stage import logger, run_stage
 from permllm.artifacts import fingerprint, need_disk, replacing_folder, source_fingerprint
 from permllm.calibration.storage import Calibration
-from permllm.lcp.distributed import Ranks, is_started_by_torchrun, joined, open_sharded
+from permllm.lcp.distributed import Ranks, joined, open_sharded
 from permllm.lcp.recipes import LearnConfig
 from permllm.lcp.trainer import EpochRecord, LearnResult, learn_permutations
 from permllm.models.checkpoint_files import CheckpointFiles
@@ -35,7 +36,7 @@ def learn(params: Params, setting: Setting) -> dict[str, Any] | None:
     model_params, method, config = params.model(setting.model), params.method(setting.method), params.learn(setting.model, setting.method)
     pattern, source = NMPattern.parse(setting.pattern), model_params.model_source()
     need_disk(setting.path("prune"), pruning_bytes(CheckpointFiles.find(source.folder()), method.pruning()))
-    if model_params.processes > 1 and not is_started_by_torchrun():
+    if model_params.processes > 1 and not is_torchelastic_launched():
         _start_together(model_params.processes, setting)
     with joined(source.device) as ranks:
         calibration = open_calibration(params, setting)

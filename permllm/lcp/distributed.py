@@ -145,11 +145,6 @@ def check_processes(count: int, batch_size: int) -> None:
         raise ValueError(f"learn.batch_size is {batch_size}, but {count} processes divide a batch; raise it to at least {count}, or lower processes")
 
 
-def is_started_by_torchrun() -> bool:
-    """Whether this process is one of several that were started together."""
-    return "LOCAL_RANK" in os.environ
-
-
 @contextmanager
 def joined(device: str) -> Iterator[Ranks]:
     """Be one of the processes that `torchrun` started, or the only one outside of it.
@@ -160,7 +155,7 @@ def joined(device: str) -> Iterator[Ranks]:
     Raises:
         ValueError: if the device names one GPU for all, or there are fewer GPUs than processes.
     """
-    count = int(os.environ.get("WORLD_SIZE", 1)) if is_started_by_torchrun() else 1
+    count = int(os.environ["WORLD_SIZE"]) if dist.is_torchelastic_launched() else 1
     if count == 1:
         yield Ranks(device=resolve_device(device))
         return

@@ -122,14 +122,15 @@ class GuidedGroups:
         rows = [self.ranks.rows(linear.original.out_features) for linear in linears]
         if linears[0] not in self._score_ranks:
             scores = [_score_of_rows(linear.rule.score, part).of(weight) for linear, part, weight in zip(linears, rows, weights, strict=True)]
-            self._score_ranks[linears[0]] = ranks(torch.cat(scores))
+            found = ranks(torch.cat(scores))
+            self._score_ranks[linears[0]] = found.short() if len(found) <= torch.iinfo(torch.int16).max else found  # kept in half the memory
         bend = torch.cat([curvature[linear] for linear in linears]) * (self.config.curvature / 2)
         scale = bend.clamp(min=max(float(bend.mean()) * FLATTEST, torch.finfo(torch.float32).tiny)).sqrt()
         scale = torch.cat([own[part] for own, part in zip(scale.split([linear.original.out_features for linear in linears]), rows, strict=True)])
         gradient = member.take(torch.cat([linear.gradient for linear in linears], dim=1), 0)  # (in, out)
         weight, pull = member.take(torch.cat(weights), 1).float() * scale[:, None], gradient / (-2 * scale)
         order = member.own_order(self.layers[member.layer][member.group].start)
-        return Partition(weight, member.take(self._score_ranks[linears[0]], 0), member.take(gram, 0, 1), self.pattern, order, pull)
+        return Partition(weight, member.take(self._score_ranks[linears[0]], 0).int(), member.take(gram, 0, 1), self.pattern, order, pull)
 
 
 def _score_of_rows(score: Score, rows: slice) -> Score:

@@ -156,6 +156,7 @@ def test_more_processes_than_can_share_are_refused_before_the_run(llama, batch_s
 
 
 def test_a_device_for_all_processes_is_refused(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "test")
     monkeypatch.setenv("LOCAL_RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="device is cpu:0, but 2 processes need one each"), joined("cpu:0"):
