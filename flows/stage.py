@@ -15,7 +15,7 @@ from permllm.artifacts import write_json
 from permllm.params import Params
 
 Item = TypeVar("Item")
-StageFunction = Callable[[Params, Setting], dict[str, Any]]
+StageFunction = Callable[[Params, Setting], dict[str, Any] | None]
 logger = logging.getLogger("permllm")
 
 
@@ -24,6 +24,7 @@ def run_stage(name: str, stage: StageFunction, arguments: tuple[str, ...], argv:
 
     Args:
         name: of the stage; the same word in params.yaml, dvc.yaml and below data/.
+        stage: returns what it measured; None in a process that leaves the files to another one.
         arguments: which of model, pattern and method the command takes.
     """
     die_with_parent()  # a killed `dvc` must not leave a stage on the GPU
@@ -39,6 +40,8 @@ def run_stage(name: str, stage: StageFunction, arguments: tuple[str, ...], argv:
         metrics = stage(Params.read(), setting)
     except (ValueError, ArithmeticError, OSError) as error:  # what the user can mend; anything else is ours and keeps its traceback
         sys.exit(f"permllm {name}: {error}")
+    if metrics is None:
+        return
     seconds = time.perf_counter() - started
     write_json(setting.metrics(name), {**metrics, "seconds": round(seconds, 3)})
     logger.info("%s %s: %.1f s", name, " ".join(filter(None, vars(setting).values())), seconds)

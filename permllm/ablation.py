@@ -160,10 +160,15 @@ class Subject:
         models = {DENSE: self.model, BASELINE: self._pruned(pattern, BASELINE, "identity")}
         return {name: perplexity(LoadedModel(model, self.adapter), self.text, self.length) for name, model in models.items()}
 
+    @property
+    def layered(self) -> LoadedModel:
+        """The model as what runs it layer by layer takes it."""
+        return LoadedModel(self.model, self.adapter)
+
     def starts(self, pattern: NMPattern, score: str, permutation: str, seed: int, layout: str) -> list[LayerPermutations]:
         """Return the permutations that a method without learning finds."""
         config = LearnConfig(start=permutation, seed=seed, layout=layout)
-        return find_starts(self.model, self.adapter, self.statistics, pattern, score, config)
+        return find_starts(self.layered, self.statistics, pattern, score, config)
 
     def run(self, row: AblationRow, starts: Sequence[LayerPermutations]) -> dict[str, Any]:
         """Prune as a row says, and judge the result.
@@ -180,7 +185,7 @@ class Subject:
         permutations = list(starts)
         if row.is_learned:
             config = row.config(self.budget)
-            result = learn_permutations(self.model, self.adapter, self.samples, self.statistics, pattern, row.score, config, starts=starts)
+            result = learn_permutations(self.layered, self.samples, self.statistics, pattern, row.score, config, starts=starts)
             permutations = result.permutations
             record |= {name: getattr(config, name) for name in SWITCHES} | {"best_epoch": result.best.epoch, "stopped": result.stopped}
             record["learning_rate"] = config.rate(row.score)

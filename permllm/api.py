@@ -98,7 +98,7 @@ def prune(
     check_length(length, model.config, "length")
     samples = draw_windows(tokenize(texts, tokenizer), sequences, length, seed, math.ceil(sequences / 8) if method.is_learned else 0)
     statistics = list(dense_statistics(LoadedModel(model, adapter), samples.tokens[samples.training_rows], batch_size))
-    learned = learn_permutations(model, adapter, samples, statistics, parsed, score, config) if method.is_learned else None
+    learned = learn_permutations(LoadedModel(model, adapter), samples, statistics, parsed, score, config) if method.is_learned else None
     permutations = learned and learned.permutations
     if not method.is_learned and layout != "free":
         weights, generator = list(model_weights(model, adapter)), torch.Generator().manual_seed(seed)

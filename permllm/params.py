@@ -14,6 +14,7 @@ from permllm.calibration.capture import HIDDEN_STATES, HiddenStates
 from permllm.calibration.samples import CalibrateConfig
 from permllm.calibration.texts import TextSource
 from permllm.evaluation.evaluate import EvaluateConfig, PerplexityConfig, ZeroShotConfig
+from permllm.lcp.distributed import check_processes
 from permllm.lcp.recipes import LearnConfig, with_recipe
 from permllm.lookup import lookup
 from permllm.models.adapter import Heads
@@ -67,6 +68,7 @@ class ModelParams:
     Attributes:
         hidden_states: where those of all sequences are kept while a model is run layer by layer: in `memory`, in a file
             on `disk`, or on the `device`. No result depends on it.
+        processes: how many learn permutations together, on a GPU each; results are the same but for rounding.
     """
 
     source: str
@@ -75,6 +77,7 @@ class ModelParams:
     dtype: str = "float32"
     device: str = "auto"
     hidden_states: str = "memory"
+    processes: int = 1
     revision: str | None = None
     trust_remote_code: bool = False
     prune: PruneConfig = PruneConfig()
@@ -83,6 +86,8 @@ class ModelParams:
 
     def __post_init__(self) -> None:
         self.keep_hidden()
+        if self.processes < 1:
+            raise ValueError(f"processes is {self.processes}, but at least 1 has to learn")
 
     def keep_hidden(self) -> HiddenStates:
         """Return what keeps the hidden states.
@@ -175,6 +180,7 @@ class Params:
         available = self.model(model).calibrate.sequences - self.model(model).calibrate.held_out
         if config.sequences is not None and config.sequences > available:
             raise ValueError(f"sequences is {config.sequences}, but the calibration has {available} that are not held out")
+        check_processes(self.model(model).processes, config.batch_size)
         return config
 
     def check_model(self, name: str) -> None:

@@ -72,7 +72,7 @@ def family(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_model() -> Callable[..., PreTrainedModel]:
     """`tiny_model(family, seed=0, **config)`: a fresh random model for inference."""
     return build
@@ -96,7 +96,7 @@ def llama() -> PreTrainedModel:
     return build("llama")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def draw_tokens() -> Callable[..., Tensor]:
     """`draw_tokens(sequences, length, seed=0)`: (sequences, length) random token numbers."""
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from permllm.lcp.distributed import ALONE, Ranks
 from permllm.lcp.optimizers import Scion
 from permllm.lcp.recipes import LearnConfig
 from permllm.lcp.schedule import cosine_decay
@@ -138,10 +139,11 @@ class LogitLearner:
 
     Args:
         total_steps: batches of the whole run.
+        ranks: that run parts of every batch.
     """
 
-    def __init__(self, groups: LearnedGroups, config: LearnConfig, learning_rate: float, total_steps: int) -> None:
-        self.groups = groups
+    def __init__(self, groups: LearnedGroups, config: LearnConfig, learning_rate: float, total_steps: int, ranks: Ranks = ALONE) -> None:
+        self.groups, self.ranks = groups, ranks
         if config.optimizer == "scion":
             self.optimizer: torch.optim.Optimizer = Scion(groups.parameters(), learning_rate, config.radius, config.norm, config.momentum)
         else:
@@ -159,6 +161,8 @@ class LogitLearner:
     def end_batch(self) -> None:
         """Move the logits."""
         self.groups.pull_back()
+        for parameter in self.groups.parameters():
+            self.ranks.sum(parameter.grad)
         self.optimizer.step()
         self.schedule.step()
 

@@ -10,12 +10,14 @@ knows all calibration tokens: it holds back moves that the gradient of a few seq
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from permllm.calibration.statistics import LayerStats
+from permllm.lcp.distributed import ALONE, Ranks, kept_rows
 from permllm.lcp.group_permutations import GroupPermutation
 from permllm.lcp.masked_linear import MaskedLinear
 from permllm.lcp.recipes import LearnConfig
@@ -23,6 +25,7 @@ from permllm.models.adapter import is_finite
 from permllm.permutation.permutation import Permutation
 from permllm.permutation.search import Moves, Partition, best_moves, random_pairs, ranks, regrouped, single_threaded
 from permllm.pruning.layout import Member, SharedOrder
+from permllm.pruning.metrics import Score
 from permllm.pruning.permutations import LayerPermutations
 from permllm.sparsity.pattern import NMPattern
 
@@ -37,6 +40,7 @@ class GuidedGroups:
     Args:
         starts: of every linear group of every layer.
         shared: which of them learn one order together.
+        ranks: each of which weighs moves on its rows of the weights; what they find is summed.
 
     Attributes:
         layers: the permutations by layer and name of the linear group.
@@ -49,9 +53,10 @@ class GuidedGroups:
         pattern: NMPattern,
         config: LearnConfig,
         device: torch.device,
+        ranks: Ranks = ALONE,
     ) -> None:
-        self.shared, self.pattern, self.config = shared, pattern, config
-        self._ranks: dict[MaskedLinear, Tensor] = {}  # of a group's scores, by its first linear: they do not change
+        self.shared, self.pattern, self.config, self.ranks = shared, pattern, config, ranks
+        self._score_ranks: dict[MaskedLinear, Tensor] = {}  # of a group's scores, by its first linear: they do not change
         self.layers = [{name: GroupPermutation(start.canonical(pattern.group).order.to(device)) for name, start in layer.items()} for layer in starts]
 
     def permutations(self) -> list[LayerPermutations]:
@@ -85,15 +90,17 @@ class GuidedGroups:
         Raises:
             ValueError: if a gradient is not finite.
         """
-        broken = [name for layer in linears for name, group in layer.items() if not all(is_finite(linear.gradient) for linear in group)]
-        if broken:
-            raise ValueError(f"the gradients of the masked weights are no longer finite, first in a group {broken[0]}")
+        groups = [(name, group) for layer in linears for name, group in layer.items()]
+        finite = self.ranks.all([all(is_finite(linear.gradient) for linear in group) for _, group in groups])
+        if not all(finite):
+            raise ValueError(f"the gradients of the masked weights are no longer finite, first in a group {groups[finite.index(False)][0]}")
         pairs = [random_pairs(one.width, one.block, self.pattern, generator) for one in self.shared]
         weighed: list[list[Tensor]] = [[] for _ in self.shared]  # errors of all candidates and of the groups as they are, summed over members
         for layer, stats in enumerate(statistics):
             for number, member in ((number, member) for number, one in enumerate(self.shared) for member in one.members if member.layer == layer):
                 found = self._partition(member, linears[layer][member.group], stats[member.group].gram, curvature).weigh(pairs[number])
                 weighed[number] = [sum(both) for both in zip(weighed[number], found, strict=True)] if weighed[number] else list(found)
+        weighed = [[self.ranks.sum(errors) for errors in both] for both in weighed]
         moves = [best_moves(*arguments) for arguments in zip(pairs, weighed, strict=True)]
         gains = torch.cat([move.gain for move in moves])
         least = max(float(gains.topk(max(round(share * len(gains)), 1)).values[-1]), torch.finfo(gains.dtype).tiny)
@@ -110,16 +117,24 @@ class GuidedGroups:
             group.start = member.group_order(order, group.start)
 
     def _partition(self, member: Member, linears: Sequence[MaskedLinear], gram: Tensor, curvature: Mapping[MaskedLinear, Tensor]) -> Partition:
-        """Return the groups of one member, with the loss as their error."""
-        weights = [linear.original.weight for linear in linears]
-        if linears[0] not in self._ranks:
-            self._ranks[linears[0]] = ranks(torch.cat([linear.rule.score.of(weight) for linear, weight in zip(linears, weights, strict=True)]))
+        """Return the groups of one member, with the loss as their error, on the rows that this rank keeps."""
+        weights = [kept_rows(linear.original.weight) for linear in linears]
+        rows = [self.ranks.rows(linear.original.out_features) for linear in linears]
+        if linears[0] not in self._score_ranks:
+            scores = [_score_of_rows(linear.rule.score, part).of(weight) for linear, part, weight in zip(linears, rows, weights, strict=True)]
+            found = ranks(torch.cat(scores))
+            self._score_ranks[linears[0]] = found.short() if len(found) <= torch.iinfo(torch.int16).max else found  # kept in half the memory
         bend = torch.cat([curvature[linear] for linear in linears]) * (self.config.curvature / 2)
         scale = bend.clamp(min=max(float(bend.mean()) * FLATTEST, torch.finfo(torch.float32).tiny)).sqrt()
+        scale = torch.cat([own[part] for own, part in zip(scale.split([linear.original.out_features for linear in linears]), rows, strict=True)])
         gradient = member.take(torch.cat([linear.gradient for linear in linears], dim=1), 0)  # (in, out)
         weight, pull = member.take(torch.cat(weights), 1).float() * scale[:, None], gradient / (-2 * scale)
         order = member.own_order(self.layers[member.layer][member.group].start)
-        return Partition(weight, member.take(self._ranks[linears[0]], 0), member.take(gram, 0, 1), self.pattern, order, pull)
+        return Partition(weight, member.take(self._score_ranks[linears[0]], 0).int(), member.take(gram, 0, 1), self.pattern, order, pull)
+
+
+def _score_of_rows(score: Score, rows: slice) -> Score:
+    return score if score.row is None else replace(score, row=score.row[rows])
 
 
 class GuidedLearner:
@@ -128,6 +143,7 @@ class GuidedLearner:
     Args:
         statistics: of all decoder layers, of which those of `part` learn.
         curvature: see `GuidedGroups.regroup`.
+        ranks: that run parts of every batch.
     """
 
     def __init__(
@@ -139,15 +155,16 @@ class GuidedLearner:
         curvature: Mapping[MaskedLinear, Tensor],
         config: LearnConfig,
         generator: torch.Generator,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.groups, self.linears, self.statistics, self.part, self.curvature = groups, linears, statistics, part, curvature
-        self.config, self.generator = config, generator
+        self.config, self.generator, self.ranks = config, generator, ranks
         self.start_epoch()
 
     def start_epoch(self) -> None:
         """Collect a new gradient."""
         for linear in self._all():
-            linear.collect_gradient()
+            linear.collect_gradient(self.ranks)
 
     def prepare(self, temperature: float, *, hard: bool = False, noise: float = 0.0) -> None:
         """Do nothing: the permutations are hard, and change between epochs only."""

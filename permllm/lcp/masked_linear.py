@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from permllm.lcp.distributed import ALONE, Ranks, is_sharded
 from permllm.lcp.group_permutations import GroupPermutation
 from permllm.models.adapter import ModelAdapter
 from permllm.pruning.metrics import Score
@@ -114,18 +115,26 @@ class MaskedLinearFunction(torch.autograd.Function):
     """y = x (W * M), keeping only x for the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, carrier: Tensor | None, weight: Tensor, rule: MaskRule, group: GroupPermutation) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        carrier: Tensor | None,
+        weight: Tensor,
+        rule: MaskRule,
+        group: GroupPermutation,
+        collect: Callable[[Tensor], None] | None = None,
+    ) -> Tensor:
         """Multiply (..., in) by the masked `weight`, (out, in).
 
-        `carrier` only takes a gradient: that of the permutation, if it is the group's relaxed value, and otherwise that
-        of the masked weight, (in, out).
+        `carrier` has autograd ask for a gradient: that of the permutation, if it is the group's relaxed value, which takes
+        it, and otherwise that of the masked weight, (in, out), which `collect` takes.
         """
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         ctx.input_dtype = x.dtype
         x = x.to(dtype)
         ctx.save_for_backward(x, weight)
-        ctx.rule, ctx.group = rule, GroupPermutation(group.start, group.relaxed, group.local)
+        ctx.rule, ctx.group, ctx.collect = rule, GroupPermutation(group.start, group.relaxed, group.local), collect
         return torch.matmul(x, rule.masked(group, weight.t(), dtype))
 
     @staticmethod
@@ -139,10 +148,12 @@ class MaskedLinearFunction(torch.autograd.Function):
             grad_carrier = x.flatten(0, -2).t() @ grad.flatten(0, -2)
             if group.relaxed is not None:
                 grad_carrier, masked = rule.pull_back(group, weight.t(), grad_carrier), grad_carrier
+            else:
+                grad_carrier = ctx.collect(grad_carrier)
         if not ctx.needs_input_grad[0]:
-            return None, grad_carrier, None, None, None
+            return None, grad_carrier, None, None, None, None
         masked = rule.masked(group, weight.t(), grad.dtype) if masked is None else masked
-        return torch.matmul(grad, masked.t()).to(ctx.input_dtype), grad_carrier, None, None, None
+        return torch.matmul(grad, masked.t()).to(ctx.input_dtype), grad_carrier, None, None, None, None
 
 
 class MaskedLinear(nn.Module):
@@ -152,33 +163,30 @@ class MaskedLinear(nn.Module):
         original: the linear it replaces.
         rule: how the mask follows from the permutation.
         group: the permutation, shared with the other linears of the group.
+
+    Attributes:
+        gradient: of the masked weight, (in, out), at least float32, since `collect_gradient`; of this rank's rows where
+            several processes learn.
     """
 
     def __init__(self, original: nn.Linear, rule: MaskRule, group: GroupPermutation) -> None:
         super().__init__()
         self.original, self.rule, self.group = original, rule, group
+        self.gradient: Tensor | None = None
         self._carrier: Tensor | None = None
 
-    def collect_gradient(self) -> None:
-        """From now on, sum the gradient of the masked weight up in `gradient`."""
-        if self._carrier is None:  # one element that looks like the weight: only its gradient takes memory
-            weight = self.original.weight  # autograd sums in the type of what takes the gradient: at least float32
-            self._carrier = (
-                torch.zeros((), dtype=torch.promote_types(weight.dtype, torch.float32), device=weight.device)
-                .expand(weight.t().shape)
-                .requires_grad_()
-            )
-        self._carrier.grad = None
+    def collect_gradient(self, ranks: Ranks = ALONE) -> None:
+        """From now on, sum the gradient of the masked weight up in `gradient`, over all ranks."""
+        self._carrier, self._ranks, self.gradient = torch.zeros((), device=self.original.weight.device, requires_grad=True), ranks, None
 
-    @property
-    def gradient(self) -> Tensor:
-        """The gradient of the masked weight, (in, out), at least float32."""
-        return self._carrier.grad
+    def _collect(self, gradient: Tensor) -> None:
+        summed = self._ranks.sum_rows(gradient.to(torch.promote_types(gradient.dtype, torch.float32)))
+        self.gradient = summed if self.gradient is None else self.gradient.add_(summed)
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply by the masked weight; (..., in) to (..., out)."""
         carrier = self._carrier if self.group.relaxed is None else self.group.relaxed
-        output = MaskedLinearFunction.apply(x, carrier, self.original.weight, self.rule, self.group)
+        output = MaskedLinearFunction.apply(x, carrier, self.original.weight, self.rule, self.group, self._collect)
         return output if self.original.bias is None else output + self.original.bias.to(output.dtype)
 
 
@@ -197,9 +205,13 @@ def mask_rule(weight: Tensor, score: Score, pattern: NMPattern, temperature: flo
 
 @torch.no_grad()
 def channels_first(linear: nn.Linear, yes: bool) -> None:
-    """Lay a weight out with its channels (columns) one after another, or with its rows again; its values stay."""
+    """Lay a weight out with its channels (columns) one after another, or with its rows again; its values stay.
+
+    A sharded weight stays as it is: it comes row by row whenever its layer runs.
+    """
     weight = linear.weight
-    weight.data = weight.data.t().contiguous().t() if yes else weight.data.contiguous()
+    if not is_sharded(weight):
+        weight.data = weight.data.t().contiguous().t() if yes else weight.data.contiguous()
 
 
 def mask_layer(

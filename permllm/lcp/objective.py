@@ -90,7 +90,7 @@ HIDDEN_OBJECTIVES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 LOGIT_OBJECTIVES: dict[str, Callable[[Tensor, NextTokens], Tensor]] = {"kl": kl_divergence, "cross_entropy": next_token_loss}
 
 
-def curvature_probe(name: str, output: Tensor, generator: torch.Generator) -> Tensor:
+def curvature_probe(name: str, output: Tensor, generator: torch.Generator, first: int = 0, sequences: int | None = None) -> Tensor:
     """Return a scalar whose squared gradient is, in expectation, the curvature of an objective near equality.
 
     Of a token's objective, that is: the gradient is to be squared per token, then averaged.
@@ -99,14 +99,17 @@ def curvature_probe(name: str, output: Tensor, generator: torch.Generator) -> Te
         name: of an objective.
         output: of the model: (sequences, length, channels) hidden states, or (sequences, length, vocabulary) logits.
         generator: draws next tokens for the objectives of logits (the Fisher information), and signs for those of hidden states.
+        first, sequences: `output` is that of a part of a batch, from its `first` sequence on, and the generator draws for all
+            `sequences` of the batch; None for a batch that is whole.
     """
     output = output.float()
+    batch, mine = (sequences or len(output), *output.shape[1:]), slice(first, first + len(output))
     if name in LOGIT_OBJECTIVES:
         flat = output.flatten(0, 1)
-        uniform = torch.rand(len(flat), 1, generator=generator).to(flat.device)  # drawn on the host: the same on every device
+        uniform = torch.rand(*batch[:2], 1, generator=generator)[mine].flatten(0, 1).to(flat.device)  # drawn on the host: the same on every device
         drawn = torch.searchsorted(flat.detach().softmax(-1).cumsum(-1), uniform)[:, 0].clamp_(max=flat.shape[-1] - 1)
         return cross_entropy(flat, drawn, reduction="sum")
-    signs = (torch.randint(2, output.shape, generator=generator) * 2 - 1).to(output.device, output.dtype)
+    signs = (torch.randint(2, batch, generator=generator)[mine] * 2 - 1).to(output.device, output.dtype)
     norm = output.detach().square().sum(-1, keepdim=True).clamp(min=1e-12).sqrt()
     scale = {"relative_error": 2**0.5 / norm, "cosine": 1 / norm, "smooth_l1": output.shape[-1] ** -0.5}[name]
     return (signs * output * scale).sum()

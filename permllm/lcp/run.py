@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from permllm.artifacts import replacing
 from permllm.calibration.capture import DecoderInputs, finish, run_layer
 from permllm.calibration.statistics import LayerStats
+from permllm.lcp.distributed import ALONE, Ranks
 from permllm.lcp.group_permutations import LearnedGroups, LogitLearner
 from permllm.lcp.guided import GuidedGroups, GuidedLearner
 from permllm.lcp.masked_linear import MaskedLinear
@@ -26,6 +27,7 @@ from permllm.lcp.objective import HIDDEN_OBJECTIVES, LOGIT_OBJECTIVES, NextToken
 from permllm.lcp.recipes import LearnConfig
 from permllm.lcp.schedule import linear_temperature
 from permllm.models.adapter import Heads, ModelAdapter, is_finite
+from permllm.models.streaming import LayeredModel
 from permllm.permutation.permutation import Permutation
 from permllm.pruning.layerwise import model_weights
 from permllm.pruning.layout import group_widths, shared_orders
@@ -58,14 +60,24 @@ class EpochRecord:
 
 @dataclass(frozen=True)
 class Setup:
-    """What is learned: the dense model, and how it is pruned."""
+    """What is learned: the dense model, how it is pruned, and which of the processes that learn it together this is."""
 
-    model: "PreTrainedModel"
-    adapter: ModelAdapter
+    layered: LayeredModel
     statistics: Sequence[LayerStats]
     pattern: NMPattern
     score: str
     config: LearnConfig
+    ranks: Ranks = ALONE
+
+    @property
+    def model(self) -> "PreTrainedModel":
+        """The dense model's modules."""
+        return self.layered.model
+
+    @property
+    def adapter(self) -> ModelAdapter:
+        """Where the model has what."""
+        return self.layered.adapter
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -77,8 +89,8 @@ class Setup:
         widths = group_widths(model_weights(self.model, self.adapter), self.adapter)[part.start : part.stop]
         shared = shared_orders(self.config.layout, self.adapter, widths, Heads.of(self.model.config), self.pattern)
         if self.config.optimizer == "guided":
-            return GuidedGroups(starts, shared, self.pattern, self.config, self.model.device)
-        return LearnedGroups(starts, shared, self.pattern, self.config, generator, self.model.device)
+            return GuidedGroups(starts, shared, self.pattern, self.config, self.layered.device, self.ranks)
+        return LearnedGroups(starts, shared, self.pattern, self.config, generator, self.layered.device)
 
 
 class LearningError(ArithmeticError):
@@ -156,6 +168,7 @@ class Run:
         state: State,
     ) -> None:
         self.setup, self.config, self.part, self.inputs, self.target, self.groups = setup, setup.config, part, inputs, target, groups
+        self.ranks = setup.ranks
         self.layers = [setup.layers[index] for index in part]
         self.training, self.generator, self.state = training, generator, state
         rows = torch.arange(len(target.hidden))
@@ -177,6 +190,8 @@ class Run:
             is_best = not done or held_out_loss < min(record.held_out_loss for record in done)
             if is_best:
                 best = self.groups.permutations()
+            orders = [order for layer in self.groups.permutations() for order in layer.values()]
+            self.ranks.check_same(f"the permutations after epoch {epoch}", [permutation.order for permutation in orders])
             done.append(EpochRecord(epoch, training_loss, held_out_loss, temperature, is_best, self.state.window))
             history.append(done[-1])
             self._save(history, best)
@@ -203,8 +218,9 @@ class Run:
 
     def _learner(self, linears: list[dict[str, list[MaskedLinear]]]) -> LogitLearner | GuidedLearner:
         if isinstance(self.groups, LearnedGroups):
-            return LogitLearner(self.groups, self.config, self.config.rate(self.setup.score), self.total_steps)
-        return GuidedLearner(self.groups, linears, self.setup.statistics, self.part, self._curvature(linears), self.config, self.generator)
+            return LogitLearner(self.groups, self.config, self.config.rate(self.setup.score), self.total_steps, self.ranks)
+        curvature = self._curvature(linears)
+        return GuidedLearner(self.groups, linears, self.setup.statistics, self.part, curvature, self.config, self.generator, self.ranks)
 
     def _curvature(self, linears: list[dict[str, list[MaskedLinear]]]) -> dict[MaskedLinear, Tensor]:
         """Return the curvature of the objective in every output of every linear, (out,), averaged over the training tokens."""
@@ -219,23 +235,23 @@ class Run:
 
             output.register_hook(add)
 
-        for linear in flat:
-            linear.collect_gradient()  # for the outputs to have a gradient
         handles = [linear.register_forward_hook(watch) for linear in flat]
         try:
             for name, weight in self.config.objectives.items():
                 for rows in torch.arange(self.training).split(self.config.batch_size):
+                    share = self.ranks.share(rows)
                     with self._precision():
-                        *_, output = self._hidden(rows.to(self.target.hidden.device))
+                        *_, output = self._hidden(share.rows.to(self.target.hidden.device), wants_gradient=True)
                         if name in LOGIT_OBJECTIVES:
                             output = finish(self.setup.model, self.setup.adapter, output)
-                    if not is_finite(output):
+                    if not all(self.ranks.all([is_finite(output)])):
                         return found  # the loss of the start is not finite either, and says so
-                    (curvature_probe(name, output, generator) * weight**0.5).backward()
+                    probe = curvature_probe(name, output, generator, share.first, len(rows))
+                    (probe * (weight**0.5 if share.weight else 0.0)).backward()
         finally:
             for handle in handles:
                 handle.remove()
-        return found
+        return {linear: self.ranks.sum(curvature) for linear, curvature in found.items()}
 
     def _temperature(self, step: int) -> float:
         return linear_temperature(self._progress(step), self.config.temperature_start, self.config.temperature_end)
@@ -251,12 +267,14 @@ class Run:
         """Learn from some sequences, and return the loss."""
         where = f"at step {step} (epoch {epoch})"
         self._prepare(self._temperature(step), where, noise=1 - self._progress(step))
-        loss = self._distance(rows)
+        share = self.ranks.share(rows)
+        own = self._distance(share.rows) * share.weight
+        loss = self.ranks.sum(own.detach().clone())
         if not loss.isfinite():
             raise LearningError(f"the loss is {loss.item()} {where}{self._first_broken_layer(rows)}")
-        self.learner.weigh(loss, len(rows) / self.training).backward()
+        self.learner.weigh(own, len(rows) / self.training).backward()
         self.learner.end_batch()
-        return loss.detach()
+        return loss
 
     def _end_epoch(self, epoch: int) -> None:
         try:
@@ -273,8 +291,8 @@ class Run:
     @torch.no_grad()
     def _held_out_loss(self, temperature: float, where: str) -> float:
         self._prepare(temperature, where, hard=True)
-        batches = self.held_out.split(self.config.batch_size)
-        return float(sum(self._distance(rows) * len(rows) for rows in batches) / len(self.held_out))
+        batches = [(self.ranks.share(rows), len(rows)) for rows in self.held_out.split(self.config.batch_size)]
+        return float(self.ranks.sum(sum(self._distance(share.rows) * share.weight * count for share, count in batches)) / len(self.held_out))
 
     def _distance(self, rows: Tensor) -> Tensor:
         config, target = self.config, self.target
@@ -291,9 +309,9 @@ class Run:
                 loss = loss + weight * LOGIT_OBJECTIVES[name](logits, target.next_tokens[rows])
         return loss
 
-    def _hidden(self, rows: Tensor) -> Iterator[Tensor]:
-        """Yield the hidden states after every layer."""
-        hidden = self.inputs.hidden[rows]
+    def _hidden(self, rows: Tensor, *, wants_gradient: bool = False) -> Iterator[Tensor]:
+        """Yield the hidden states after every layer; on request all that is computed has a gradient, as if the inputs learned."""
+        hidden = self.inputs.hidden[rows].requires_grad_(wants_gradient)
         for layer in self.layers:
             if self.config.recompute_layers and torch.is_grad_enabled():
                 hidden = checkpoint(run_layer, layer, hidden, self.inputs.keywords[layer], use_reentrant=False)

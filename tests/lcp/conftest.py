@@ -48,6 +48,6 @@ def learn(model: PreTrainedModel, adapter: ModelAdapter, samples: CalibrationSet
         **settings: object,
     ) -> LearnResult:
         parsed = NMPattern.parse(pattern)
-        return learn_permutations(model, adapter, samples, statistics, parsed, score, config(**settings), on_epoch, state_file)
+        return learn_permutations(LoadedModel(model, adapter), samples, statistics, parsed, score, config(**settings), on_epoch, state_file)
 
     return run

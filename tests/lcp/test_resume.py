@@ -180,7 +180,7 @@ def kill(*call):
 
 
 adapter.layers(model)[0].register_forward_hook(kill)
-learn_permutations(model, adapter, samples, statistics, NMPattern(2, 4), "wanda", config, state_file=Path(sys.argv[2]))
+learn_permutations(LoadedModel(model, adapter), samples, statistics, NMPattern(2, 4), "wanda", config, state_file=Path(sys.argv[2]))
 """
 
 

@@ -202,7 +202,7 @@ def test_a_start_is_one_shot_pruning_with_that_permutation_and_seed(learn, model
     measured = measured_loss(model, tiny_model(family), samples, samples.held_out_rows, method, config(**settings))
     assert measured == pytest.approx(record.held_out_loss, rel=1e-4)
     statistics = list(dense_statistics(LoadedModel(model, adapter), samples.tokens, 4))
-    starts = find_starts(model, adapter, statistics, PATTERN, "wanda", config(**settings))
+    starts = find_starts(LoadedModel(model, adapter), statistics, PATTERN, "wanda", config(**settings))
     pruned = prune_in_parallel(model_weights(model, adapter), adapter, statistics, PATTERN, method)
     for layer, one_shot in zip(starts, pruned, strict=True):
         assert all(permutation.canonical(4) == one_shot[name].permutation for name, permutation in layer.items())
@@ -490,9 +490,11 @@ def test_linears_are_put_back_when_the_masking_itself_fails(learn, model, monkey
 @pytest.mark.parametrize("settings", [{}, {"optimizer": "guided"}], ids=["logits", "guided"])
 def test_starts_that_are_known_already_are_taken_as_they_are(learn, model, adapter, samples, config, settings):
     statistics = list(dense_statistics(LoadedModel(model, adapter), samples.tokens, 4))
-    starts = find_starts(model, adapter, statistics, PATTERN, "wanda", config(start="random", seed=7))
-    given = learn_permutations(model, adapter, samples, statistics, PATTERN, "wanda", config(**settings), starts=starts)
-    expected = learn_permutations(model, adapter, samples, statistics, PATTERN, "wanda", config(start="random", seed=7, epochs=1, **settings))
+    starts = find_starts(LoadedModel(model, adapter), statistics, PATTERN, "wanda", config(start="random", seed=7))
+    given = learn_permutations(LoadedModel(model, adapter), samples, statistics, PATTERN, "wanda", config(**settings), starts=starts)
+    expected = learn_permutations(
+        LoadedModel(model, adapter), samples, statistics, PATTERN, "wanda", config(start="random", seed=7, epochs=1, **settings)
+    )
     assert given.history[0].held_out_loss == expected.history[0].held_out_loss != learn(**settings, epochs=1).history[0].held_out_loss
 
 
@@ -501,7 +503,7 @@ def test_statistics_of_too_few_layers_are_an_error_and_leave_the_model_as_it_is(
     statistics = list(dense_statistics(LoadedModel(model, adapter), samples.tokens, 4))[:2]
     modules, before = dict(model.named_modules()), tensors_of(model)
     with pytest.raises(ValueError, match="statistics of 2 decoder layers, but the model has 3"):
-        learn_permutations(model, adapter, samples, statistics, PATTERN, "wanda", config())
+        learn_permutations(LoadedModel(model, adapter), samples, statistics, PATTERN, "wanda", config())
     assert_unchanged(model, modules, before)
 
 
@@ -608,7 +610,7 @@ def test_layers_after_a_window_that_breaks_keep_their_starts(learn, measure, mod
     assert "at step 2 (epoch 2)" in result.stopped
     assert result.history == undisturbed.history[:6] and result.permutations[0] == undisturbed.permutations[0]
     statistics = list(dense_statistics(LoadedModel(model, adapter), samples.tokens, 4))
-    assert result.permutations[2] == find_starts(model, adapter, statistics, PATTERN, "wanda", config())[2]
+    assert result.permutations[2] == find_starts(LoadedModel(model, adapter), statistics, PATTERN, "wanda", config())[2]
 
 
 @pytest.mark.parametrize("estimator", ["hard", "soft"])
@@ -650,7 +652,7 @@ def test_a_bfloat16_model_learns(family, tiny_model, samples, config, settings):
     model = tiny_model(family).bfloat16()
     adapter, before = adapter_of(model), tensors_of(model)
     statistics = list(dense_statistics(LoadedModel(model, adapter), samples.tokens, 4))
-    result = learn_permutations(model, adapter, samples, statistics, PATTERN, "wanda", config(**settings))
+    result = learn_permutations(LoadedModel(model, adapter), samples, statistics, PATTERN, "wanda", config(**settings))
     assert result.best.held_out_loss <= result.start.held_out_loss
     assert all(0 < record.held_out_loss < 1 for record in result.history)
     assert_unchanged(model, dict(model.named_modules()), before)
@@ -663,7 +665,7 @@ def test_a_bfloat16_model_learns(family, tiny_model, samples, config, settings):
 def test_permutations_learn_on_a_gpu(model, adapter, samples, config, variant):
     model = model.cuda()
     statistics = list(dense_statistics(LoadedModel(model, adapter), samples.tokens, 4))
-    result = learn_permutations(model, adapter, samples, statistics, PATTERN, "wanda", config(**VARIANTS[variant]))
+    result = learn_permutations(LoadedModel(model, adapter), samples, statistics, PATTERN, "wanda", config(**VARIANTS[variant]))
     assert result.best.held_out_loss <= result.start.held_out_loss
     pruned = list(prune_in_parallel(model_weights(model, adapter), adapter, statistics, PATTERN, PruningMethod("wanda", "lcp"), result.permutations))
     apply_layer(adapter.layers(model)[0], pruned[0])
