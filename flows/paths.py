@@ -26,7 +26,7 @@ class Setting:
 
     def scratch(self, stage: str) -> Path:
         """Return the folder of what an interrupted stage has done."""
-        return SCRATCH / stage / "_".join(filter(None, (self.model, self.pattern, self.method)))
+        return SCRATCH / stage / ("_".join(filter(None, (self.model, self.pattern, self.method))) or "all")
 
     def metrics(self, stage: str) -> Path:
         """Return the file of what a stage measured."""

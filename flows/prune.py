@@ -37,9 +37,10 @@ def prune(params: Params, setting: Setting) -> dict[str, Any]:
     for folder in (setting.path("prune"), home):
         need_disk(folder, pruning_bytes(files, method))
     weights = checkpoint_weights(files, adapter, len(statistics), device)
-    parts = [source_fingerprint("calibration", "models", "permutation", "pruning", "sparsity"), calibration.fingerprint, statistics.stamp()]
+    parts = [source_fingerprint("calibration", "models", "permutation", "pruning", "sparsity"), calibration.checksum]
     parts += [setting.pattern, vars(method), vars(config), source.dtype, str(device), model_params.calibrate.batch_size]
-    with Scratch.open(home, parts) as scratch, replacing_folder(setting.path("prune")) as folder:
+    scratch = Scratch.open(home, parts)
+    with replacing_folder(setting.path("prune")) as folder:
         finished, generator, permutations = FinishedLayers(scratch), torch.Generator().manual_seed(method.seed), None
         done = len(finished)
         finished.restore(generator)

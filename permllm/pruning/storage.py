@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from permllm.artifacts import read_manifest, read_tensors, write_manifest, write_tensors
+from permllm.artifacts import checked_file, read_manifest, read_tensors, sha256, write_manifest, write_tensors
 from permllm.models.checkpoint_files import CheckpointFiles
 from permllm.permutation.permutation import Permutation
 from permllm.pruning.methods import PrunedGroup, PrunedLayer, PrunedLinear, PruningMethod
@@ -22,7 +22,7 @@ KIND = "prune"
 
 @dataclass(frozen=True)
 class SavedPruning:
-    """Pruned layers that are read one at a time.
+    """Pruned layers that are read one at a time; a whole layer is refused if it is not as it was written.
 
     Attributes:
         manifest: pattern, method, seed, fingerprints of model and calibration, and the quality of every group.
@@ -36,7 +36,7 @@ class SavedPruning:
 
     def layer(self, index: int) -> PrunedLayer:
         """Read one decoder layer."""
-        return _read_layer(_layer_file(self.folder, index), self.manifest["groups"][index])
+        return _read_layer(checked_file(self.folder, self.manifest, layer_name(index)), self.manifest["groups"][index])
 
     def orders(self, index: int) -> LayerPermutations:
         """Read the orders of one decoder layer alone."""
@@ -91,6 +91,7 @@ def save_pruning(
     Returns:
         `retained_score` and `output_error`, averaged over all linear groups.
     """
+    files: dict[str, str] = {}
     groups: list[dict[str, Any]] = [] if scratch is None else [scratch.record(index)["groups"] for index in range(len(scratch))]
     for index, layer in enumerate(layers, start=len(groups)):
         tensors = {name: tensor for group in layer.items() for name, tensor in _pack_group(*group)}
@@ -102,11 +103,12 @@ def save_pruning(
         )
         if scratch is None:
             write_tensors(_layer_file(folder, index), tensors)
+            files[layer_name(index)] = sha256(_layer_file(folder, index))
         else:
             scratch.keep(index, tensors, {"groups": groups[index], "generator": generator.get_state().numpy().tobytes().hex()})
     if scratch is not None:
-        scratch.deliver(folder)
-    write_manifest(folder, KIND, {**record, "groups": groups})
+        files = scratch.deliver(folder)
+    write_manifest(folder, KIND, {**record, "groups": groups}, files)
     flat = [group for layer in groups for group in layer.values()]
     return {name: sum(group[name] for group in flat) / len(flat) for name in ("retained_score", "output_error")}
 
