@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from flows.paths import Setting
+from flows.paths import HISTORY, Setting
 from flows.prune import open_calibration, pruning_record
 from flows.stage import Progress, progress, run_stage
 from permllm.artifacts import need_disk, replacing_folder, source_fingerprint
@@ -39,7 +39,7 @@ def learn(params: Params, setting: Setting) -> dict[str, Any]:
     epochs, before = config.epochs * config.windows(len(statistics)), State.read(state_file).epochs
     with (
         replacing_folder(setting.path("learn")) as history_folder,
-        (history_folder / "history.jsonl").open("w", buffering=1) as history,
+        (history_folder / HISTORY).open("w", buffering=1) as history,
         Progress("learn epoch", epochs, before) as steps,
     ):
         seen = count()
@@ -49,9 +49,8 @@ def learn(params: Params, setting: Setting) -> dict[str, Any]:
             if record.epoch and next(seen) >= before:
                 steps.step(f"held-out loss {record.held_out_loss:.5f}")
 
-        result = learn_permutations(
-            model, adapter, calibration.samples, statistics, pattern, method.score, config, record_epoch, state_file
-        )
+        samples = calibration.samples
+        result = learn_permutations(model, adapter, samples, statistics, pattern, method.score, config, record_epoch, state_file)
     finished, generator = FinishedLayers(scratch), torch.Generator().manual_seed(pruning.seed)
     done = len(finished)
     finished.restore(generator)

@@ -6,6 +6,7 @@ from pathlib import Path
 DATA = Path("data")
 REPORT = DATA / "report"
 SCRATCH = Path(".cache")  # outside of what DVC tracks
+HISTORY = "history.jsonl"  # of learning: a line per epoch, written as it ends
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,11 @@ class Setting:
     model: str | None = None
     pattern: str | None = None
     method: str | None = None
+
+    @property
+    def title(self) -> str:
+        """What a reader calls it."""
+        return " ".join(filter(None, (self.model, self.pattern, self.method)))
 
     def path(self, stage: str) -> Path:
         """Return the folder of a stage's artifact."""

@@ -48,7 +48,7 @@ def run_stage(name: str, stage: StageFunction, arguments: tuple[str, ...], argv:
             write_json(setting.metrics(name), {**metrics, "seconds": round(seconds, 3)})
     except (ValueError, ArithmeticError, OSError) as error:  # what the user can mend; anything else is ours and keeps its traceback
         sys.exit(f"permllm {name}: {error}")
-    logger.info("%s %s: %.1f s", name, " ".join(filter(None, vars(setting).values())), seconds)
+    logger.info("%s %s: %.1f s", name, setting.title, seconds)
 
 
 class Progress(contextlib.AbstractContextManager):

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from ruamel.yaml import YAML, YAMLError
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -49,9 +49,16 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write named tensors as safetensors."""
+    """Write named tensors as safetensors.
+
+    Raises:
+        OSError: if the disk is full or cannot be written.
+    """
     with replacing(path) as partial:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial, dict(metadata or {}))
+        try:
+            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial, dict(metadata or {}))
+        except SafetensorError as error:
+            raise OSError(f"{path} cannot be written ({error})") from error
 
 
 def read_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, Tensor]:

@@ -149,11 +149,18 @@ class State:
             return cls(path)
 
     def write(self) -> None:
-        """Put it on disk."""
+        """Put it on disk.
+
+        Raises:
+            OSError: if the disk is full or cannot be written.
+        """
         if self.path is not None:
             kept = {name: value for name, value in vars(self).items() if name != "path"}
             with replacing(self.path) as partial:
-                torch.save({**kept, "checksum": fingerprint(_leaves(kept))}, partial)
+                try:
+                    torch.save({**kept, "checksum": fingerprint(_leaves(kept))}, partial)
+                except RuntimeError as error:  # what torch makes of a full disk
+                    raise OSError(f"{self.path} cannot be written ({error}); is the disk full?") from error
 
     @property
     def epochs(self) -> int:
