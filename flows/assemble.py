@@ -32,7 +32,7 @@ def assemble(params: Params, setting: Setting) -> dict[str, Any]:
     with replacing_folder(setting.path("assemble")) as folder:
         if pruning.manifest["method_settings"]["layout"] == "free":
             return write_masked_checkpoint(source.folder(), adapter, pruning, folder)
-        with TemporaryDirectory(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent) as masked:
+        with TemporaryDirectory(dir=setting.scratch("assemble")) as masked:
             written = write_masked_checkpoint(source.folder(), adapter, pruning, Path(masked))
             return {**written, **write_folded_checkpoint(Path(masked), folder)}
 

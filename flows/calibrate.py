@@ -32,7 +32,8 @@ def calibrate(params: Params, setting: Setting) -> dict[str, Any]:
     for folder in (setting.path("calibrate"), home):
         need_disk(folder, calibration_bytes(model.adapter, model.adapter.layers(model.model)))
     parts = [source_fingerprint("calibration", "models"), model_fingerprint, samples.tokens, config.held_out, config.batch_size]
-    with Scratch.open(home, [*parts, source.dtype, str(device)]) as scratch, replacing_folder(setting.path("calibrate")) as folder:
+    scratch = Scratch.open(home, [*parts, source.dtype, str(device)])
+    with replacing_folder(setting.path("calibrate")) as folder:
         done, record = len(scratch), {"text": str(config.text), "seed": config.seed}
         statistics = progress(
             dense_statistics(model, training, config.batch_size, model_params.keep_hidden(), done), "calibrate layer", len(model), done

@@ -6,6 +6,7 @@ from pathlib import Path
 DATA = Path("data")
 REPORT = DATA / "report"
 SCRATCH = Path(".cache")  # outside of what DVC tracks
+HISTORY = "history.jsonl"  # of learning: a line per epoch, written as it ends
 
 
 @dataclass(frozen=True)
@@ -20,13 +21,18 @@ class Setting:
     pattern: str | None = None
     method: str | None = None
 
+    @property
+    def title(self) -> str:
+        """What a reader calls it."""
+        return " ".join(filter(None, (self.model, self.pattern, self.method)))
+
     def path(self, stage: str) -> Path:
         """Return the folder of a stage's artifact."""
         return DATA.joinpath(stage, *filter(None, (self.model, self.pattern, self.method)))
 
     def scratch(self, stage: str) -> Path:
         """Return the folder of what an interrupted stage has done."""
-        return SCRATCH / stage / "_".join(filter(None, (self.model, self.pattern, self.method)))
+        return SCRATCH / stage / ("_".join(filter(None, (self.model, self.pattern, self.method))) or "all")
 
     def metrics(self, stage: str) -> Path:
         """Return the file of what a stage measured."""

@@ -1,4 +1,4 @@
-"""Stage `prune`: prune a model with a one-shot method."""
+"""Stage `prune`: prune a model with a one-shot method. What it shares with `reconstruct`: pruning resumed layer by layer."""
 
 from functools import partial
 from typing import Any
@@ -18,32 +18,42 @@ from permllm.models.streaming import StreamedModel
 from permllm.params import Params
 from permllm.pruning.layerwise import checkpoint_weights, prune_in_parallel, prune_in_sequence
 from permllm.pruning.layout import find_permutations
-from permllm.pruning.storage import FinishedLayers, kept_orders, pruning_bytes, save_pruning
+from permllm.pruning.storage import FinishedLayers, SavedOrders, kept_orders, pruning_bytes, save_pruning
 from permllm.scratch import Scratch
 from permllm.sparsity.pattern import NMPattern
 
 
 def prune(params: Params, setting: Setting) -> dict[str, Any]:
     """Prune a model with a one-shot method."""
+    return prune_layers(params, setting, "prune", open_calibration(params, setting))
+
+
+def prune_layers(params: Params, setting: Setting, stage: str, calibration: Calibration, learned: SavedOrders | None = None) -> dict[str, Any]:
+    """Prune a model layer by layer, as the stage of that name.
+
+    Args:
+        learned: the orders of its channels, for a method that learns them.
+    """
     model_params, method = params.model(setting.model), params.method(setting.method).pruning()
     pattern = NMPattern.parse(setting.pattern)
     source = model_params.model_source()
-    calibration, config = open_calibration(params, setting), model_params.prune
+    config = model_params.prune
     adapter, statistics, files = load_adapter(source), calibration.statistics, CheckpointFiles.find(source.folder())
-    device, home = resolve_device(source.device), setting.scratch("prune")
+    device, home = resolve_device(source.device), setting.scratch(stage)
     size = ModelSize.of(files.shapes, adapter, DTYPES[source.dtype])
     needs = prune_needs(size, method, config.sequential, model_params.calibrate, model_params.hidden_states)
-    need_memory(f"prune {setting.model}", device, *needs)
+    need_memory(f"{stage} {setting.model}", device, *needs)
     for folder in (setting.path("prune"), home):
         need_disk(folder, pruning_bytes(files, method))
     weights = checkpoint_weights(files, adapter, len(statistics), device)
-    parts = [source_fingerprint("calibration", "models", "permutation", "pruning", "sparsity"), calibration.fingerprint, statistics.stamp()]
-    parts += [setting.pattern, vars(method), vars(config), source.dtype, str(device), model_params.calibrate.batch_size]
-    with Scratch.open(home, parts) as scratch, replacing_folder(setting.path("prune")) as folder:
-        finished, generator, permutations = FinishedLayers(scratch), torch.Generator().manual_seed(method.seed), None
+    parts = [source_fingerprint("calibration", "models", "permutation", "pruning", "sparsity"), calibration.checksum]
+    parts += [setting.pattern, vars(method), vars(config), source.dtype, str(device), model_params.calibrate.batch_size, learned and learned.manifest["checksum"]]
+    scratch = Scratch.open(home, parts)
+    with replacing_folder(setting.path("prune")) as folder:
+        finished, generator, permutations = FinishedLayers(scratch), torch.Generator().manual_seed(method.seed), learned and learned.orders()
         done = len(finished)
         finished.restore(generator)
-        if method.layout != "free":  # orders that layers share are found for all of them first, from the dense model's activations
+        if permutations is None and method.layout != "free":  # orders that layers share are found for all of them first, from the dense model's activations
             found_by = torch.Generator().manual_seed(method.seed)
             arguments = weights, adapter, Heads.of(load_config(source)), statistics, pattern, found_by
             find = partial(find_permutations, method.layout, method.permutation, method.score, *arguments)

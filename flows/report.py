@@ -6,7 +6,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from flows.paths import REPORT, Setting
+from flows.paths import HISTORY, REPORT, Setting
 from flows.stage import run_stage
 from permllm.artifacts import replacing_folder, write_json, write_text
 from permllm.params import DENSE, Params
@@ -54,7 +54,7 @@ def _free_counterparts(params: Params) -> dict[str, str]:
 
 
 def _history(setting: Setting) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (setting.path("learn") / "history.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (setting.path("learn") / HISTORY).read_text().splitlines()]
 
 
 def _masks(params: Params, model: str, pattern: str) -> tuple[str, dict[str, Any]]:

@@ -1,18 +1,23 @@
-"""What the commands of all stages share: arguments, parameters, the log, the metrics file, and no orphans."""
+"""What the commands of all stages share: arguments, parameters, the log, progress, the metrics file, and no orphans."""
 
 import argparse
+import contextlib
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from flows.paths import Setting
 from flows.processes import die_with_parent
 from permllm.artifacts import write_json
+from permllm.batches import logger as batch_logger
 from permllm.params import Params
+from permllm.scratch import alone_in
 
 Item = TypeVar("Item")
 StageFunction = Callable[[Params, Setting], dict[str, Any] | None]
@@ -21,6 +26,8 @@ logger = logging.getLogger("permllm")
 
 def run_stage(name: str, stage: StageFunction, arguments: tuple[str, ...], argv: list[str] | None = None) -> None:
     """Run one stage as a command, and write what it measured to its metrics file.
+
+    Only one process may be at a setting. What a stage keeps of its work goes away when the metrics file is written, not before.
 
     Args:
         name: of the stage; the same word in params.yaml, dvc.yaml and below data/.
@@ -37,29 +44,98 @@ def run_stage(name: str, stage: StageFunction, arguments: tuple[str, ...], argv:
     setting = Setting(**vars(parser.parse_args(argv)))
     started = time.perf_counter()
     try:
-        metrics = stage(Params.read(), setting)
+        with _bars_on_a_terminal(), alone_in(setting.scratch(name)) if _is_first() else contextlib.nullcontext():
+            metrics = stage(Params.read(), setting)
+            if metrics is None:
+                return
+            seconds = time.perf_counter() - started
+            write_json(setting.metrics(name), {**metrics, "seconds": round(seconds, 3)})
     except (ValueError, ArithmeticError, OSError) as error:  # what the user can mend; anything else is ours and keeps its traceback
         sys.exit(f"permllm {name}: {error}")
-    if metrics is None:
-        return
-    seconds = time.perf_counter() - started
-    write_json(setting.metrics(name), {**metrics, "seconds": round(seconds, 3)})
-    logger.info("%s %s: %.1f s", name, " ".join(filter(None, vars(setting).values())), seconds)
+    logger.info("%s %s: %.1f s", name, setting.title, seconds)
+
+
+def _is_first() -> bool:
+    """Whether this process writes the files: the only one, or the first of those that `torchrun` started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+class Progress(contextlib.AbstractContextManager):
+    """How far a piece of work is, and how long it will take: a bar on a terminal, a plain line for every step where there is none.
+
+    Args:
+        what: the work, named by what its steps are.
+        done: how many of the total an earlier run has finished.
+    """
+
+    def __init__(self, what: str, total: int, done: int = 0) -> None:
+        if done:
+            logger.info("%s: %d of %d are done already", what, done, total)
+        self._what, self._total, self._first, self._done, self._started = what, total, done, done, time.perf_counter()
+        self._bar = tqdm(desc=what, total=total, initial=done, position=0, disable=not sys.stderr.isatty())
+
+    def step(self, note: str = "") -> None:
+        """Count a finished step, and say what came of it."""
+        self._done += 1
+        self._bar.set_postfix_str(note, refresh=False)
+        self._bar.update()
+        if self._bar.disable:
+            elapsed = time.perf_counter() - self._started
+            left = elapsed / (self._done - self._first) * (self._total - self._done)
+            logger.info("%s %d/%d%s, %.1f s, about %.0f s left", self._what, self._done, self._total, note and f": {note}", elapsed, left)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
 
 
 def progress(items: Iterable[Item], what: str, total: int, done: int = 0) -> Iterator[Item]:
-    """Yield the items with a progress bar on a terminal, or a plain line for every item where there is none.
+    """Yield the items, and show after each how far they are; see `Progress`."""
+    with Progress(what, total, done) as steps:
+        for item in items:
+            yield item
+            steps.step()
 
-    Args:
-        done: how many of the total an earlier run has finished.
-    """
-    if done:
-        logger.info("%s: %d of %d are done already", what, done, total)
-    if sys.stderr.isatty():
-        yield from tqdm(items, desc=what, total=total, initial=done)
+
+class _BatchBar(logging.Handler):
+    """A bar below that of the steps, for the batches of what runs now."""
+
+    _bar: tqdm | None = None
+    _what: str | None = None
+
+    def emit(self, record: logging.LogRecord) -> None:
+        what, number, total = record.args
+        if self._bar is None or what != self._what:
+            self.close()
+            self._bar, self._what = tqdm(desc=what, total=total, position=1, leave=False), what
+        self._bar.update(number - self._bar.n)
+        if number == total:
+            self.close()
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+        super().close()
+
+
+@contextlib.contextmanager
+def _bars_on_a_terminal() -> Iterator[None]:
+    """Where there is a terminal, show a bar for batches, and write lines of the log above all bars."""
+    if not sys.stderr.isatty():
+        yield
         return
-    started = time.perf_counter()
-    for number, item in enumerate(items, start=1):
-        yield item
-        elapsed = time.perf_counter() - started
-        logger.info("%s %d/%d, %.1f s, about %.0f s left", what, done + number, total, elapsed, elapsed / number * (total - done - number))
+    handler, level = _BatchBar(), batch_logger.level
+    batch_logger.addHandler(handler)
+    batch_logger.setLevel(logging.DEBUG)
+    batch_logger.propagate = False
+    try:
+        with logging_redirect_tqdm():
+            yield
+    finally:
+        handler.close()
+        batch_logger.removeHandler(handler)
+        batch_logger.setLevel(level)
+        batch_logger.propagate = True

@@ -11,31 +11,27 @@ import json
 import logging
 import math
 import subprocess
+import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from filelock import FileLock
-
+from flows.experiment import Experiment, UnreachableError, curve, setting_tags
 from flows.graph import Stages, needs_of, read_stages
-from flows.paths import DATA, REPORT, Setting
-from permllm.artifacts import read_yaml
+from flows.paths import DATA, HISTORY, REPORT, Setting
+from permllm.artifacts import read_yaml, unfinished
 from permllm.report.summary import DENSE
 
-if TYPE_CHECKING:
-    from mlflow import MlflowClient
-
-EXPERIMENT = "permllm"
-ARTIFACTS = Path("mlartifacts")
 METRICS = DATA / "metrics"
 READ = ("metrics", "prune", "learn", "benchmark")  # artifacts that a run is filled from
 KERNELS = ("dense", "masked", "semi_structured")
 PRUNED = ("retained_score", "output_error")  # the stage `learn` prunes too: one name, so that methods compare
 METRICS_PER_BATCH = 1000
 SOURCES = ("dvc.yaml", "params.yaml", "flows", "permllm")
+TRY_LATER = 75  # EX_TEMPFAIL of sysexits.h
 logger = logging.getLogger("permllm")
 
 
@@ -54,11 +50,6 @@ class Result:
 
     setting: Setting
     entries: Mapping[str, Mapping[str, Any]]
-
-    @property
-    def title(self) -> str:
-        """What a reader calls it."""
-        return f"{self.setting.model} {self.setting.pattern} {self.setting.method}"
 
     @property
     def fingerprint(self) -> str:
@@ -121,7 +112,7 @@ def finished_results(stages: Stages) -> Iterator[Result]:
                 raise NotRecordedError(f"{', '.join(missing)} did not run yet")
             result.check()
         except NotRecordedError as reason:
-            logger.warning("%s is not tracked: %s", result.title, reason)
+            logger.warning("%s is not tracked: %s", result.setting.title, reason)
         else:
             yield result
 
@@ -135,44 +126,35 @@ def track(stages: Stages) -> tuple[int, int]:
     results = list(finished_results(stages))
     if not results:
         return 0, 0
-    from mlflow import MlflowClient  # takes seconds
-
-    logging.getLogger("alembic").setLevel(logging.WARNING)
-    with FileLock("mlflow.db.lock"):  # one writer: neither a run nor the database is made twice
-        client = MlflowClient()
-        experiment = _experiment(client)
-        new = [result for result in results if not _is_logged(client, experiment, result)]
+    with Experiment.open() as experiment:
+        new = [result for result in results if not _is_logged(experiment, result)]
         for result in new:
-            _log(client, experiment, result)
+            _log(experiment, result)
+        for result in results:
+            if not unfinished(result.setting.path("learn")).exists():  # else it learns again
+                experiment.delete_live_runs(result.setting)
     return len(new), len(results) - len(new)
 
 
-def _experiment(client: MlflowClient) -> str:
-    """Return the id of the experiment, made if it is not there."""
-    found = client.get_experiment_by_name(EXPERIMENT)
-    if found:
-        return found.experiment_id
-    is_remote = client.tracking_uri.startswith("http")  # a server chooses the place itself
-    return client.create_experiment(EXPERIMENT, None if is_remote else ARTIFACTS.absolute().as_uri())
-
-
-def _is_logged(client: MlflowClient, experiment: str, result: Result) -> bool:
+def _is_logged(experiment: Experiment, result: Result) -> bool:
     """Return whether there is a whole run of the result; remove what a killed `track` left of one."""
-    runs = client.search_runs([experiment], f"tags.`dvc.fingerprint` = '{result.fingerprint}'")
+    client = experiment.client
+    runs = client.search_runs([experiment.identity], f"tags.`dvc.fingerprint` = '{result.fingerprint}'")
     for run in runs:
         if run.info.status != "FINISHED":
             client.delete_run(run.info.run_id)
     return any(run.info.status == "FINISHED" for run in runs)
 
 
-def _log(client: MlflowClient, experiment: str, result: Result) -> None:
+def _log(experiment: Experiment, result: Result) -> None:
     """Write a run; it counts once its status is FINISHED, which comes last."""
     from mlflow.entities import Metric, Param
 
+    client = experiment.client
     now = int(time.time() * 1000)
     metrics = [Metric(name, value, now, step) for name, step, value in _metrics(result)]
     params = [Param(name, str(value)) for name, value in _params(result).items()]
-    run = client.create_run(experiment, start_time=now, tags=_tags(result), run_name=result.title).info.run_id
+    run = client.create_run(experiment.identity, start_time=now, tags=_tags(result), run_name=result.setting.title).info.run_id
     client.log_batch(run, metrics[:METRICS_PER_BATCH], params)
     for start in range(METRICS_PER_BATCH, len(metrics), METRICS_PER_BATCH):
         client.log_batch(run, metrics[start : start + METRICS_PER_BATCH])
@@ -189,9 +171,7 @@ def _tags(result: Result) -> dict[str, str]:
         name = path.parts[1:3] if METRICS in path.parents else path.parts[1:2]
         hashes[f"dvc.md5.{'.'.join(name)}"] = md5
     return {
-        "model": result.setting.model,
-        "sparsity": result.setting.pattern,
-        "method": result.setting.method,
+        **setting_tags(result.setting),
         "dvc.fingerprint": result.fingerprint,
         "git.commit": _git("rev-parse", "HEAD"),
         "git.changed": _git("diff", "--name-only", "HEAD", "--", *SOURCES),
@@ -224,12 +204,9 @@ def _metrics(result: Result) -> Iterator[tuple[str, int, float]]:
             measured |= measured.pop("zero_shot", {})
             for name, value in _flat(measured):
                 yield f"{'prune' if name in PRUNED else stage}/{name}", 0, value
-    history = result.setting.path("learn") / "history.jsonl"
+    history = result.setting.path("learn") / HISTORY
     if history.parent in result.outputs:
-        for record in map(json.loads, history.read_text().splitlines()):
-            for name in ("held_out_loss", "training_loss"):
-                if record[name] is not None:
-                    yield f"learn/{name}", record["epoch"], record[name]
+        yield from curve(history.read_text().splitlines())
     for name, latency_ms in _latencies_ms(result.setting).items():
         yield f"benchmark/{name}", 0, latency_ms
 
@@ -274,9 +251,13 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Track as a command."""
+    """Track as a command. Its exit status is `TRY_LATER` if MLflow's server does not answer."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    new, known = track(read_stages())
+    try:
+        new, known = track(read_stages())
+    except UnreachableError as error:
+        logger.warning("%s", error)
+        sys.exit(TRY_LATER)
     print(f"{new} new, {known} already there")
 
 

@@ -5,6 +5,7 @@ A manifest carries the format version; reading another version is refused.
 """
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
@@ -17,12 +18,13 @@ from typing import Any
 
 import torch
 from ruamel.yaml import YAML, YAMLError
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST = "manifest.json"
+WRITTEN_ENTRIES = ("files", "kind", "format", "versions", "checksum")  # of a manifest, whatever its record says
 
 
 class StaleArtifactError(ValueError):
@@ -33,7 +35,7 @@ class StaleArtifactError(ValueError):
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path that becomes `path` when the body succeeds, and vanishes when it fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = _partial(path)
     try:
         partial.touch()
         mode = partial.stat().st_mode  # what the user's umask says; safetensors writes files that only their owner may read
@@ -42,14 +44,25 @@ def replacing(path: Path) -> Iterator[Path]:
         with partial.open("rb") as written:
             os.fsync(written.fileno())
         os.replace(partial, path)
+    except OSError as error:
+        if error.errno is not None and error.filename is None:  # a full disk does not say where
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
     finally:
         partial.unlink(missing_ok=True)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write named tensors as safetensors."""
+    """Write named tensors as safetensors.
+
+    Raises:
+        OSError: if the disk is full or cannot be written.
+    """
     with replacing(path) as partial:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial, dict(metadata or {}))
+        try:
+            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial, dict(metadata or {}))
+        except SafetensorError as error:
+            raise OSError(f"{path} cannot be written ({error})") from error
 
 
 def read_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, Tensor]:
@@ -88,16 +101,23 @@ def write_text(path: Path, text: str) -> None:
         partial.write_text(text)
 
 
-def write_manifest(folder: Path, kind: str, record: Mapping[str, Any]) -> None:
-    """Write the manifest that makes `folder` a complete artifact of the given kind. Write it last."""
-    write_json(folder / MANIFEST, {**record, "kind": kind, "format": FORMAT, "versions": versions()})
+def write_manifest(folder: Path, kind: str, record: Mapping[str, Any], files: Mapping[str, str] | None = None) -> None:
+    """Write the manifest that makes `folder` a complete artifact of the given kind. Write it last.
+
+    Args:
+        record: what it says; `WRITTEN_ENTRIES` are left out of it.
+        files: the SHA-256 of the artifact's files, by name: who reads one compares, see `checked_file`.
+    """
+    content = {name: value for name, value in record.items() if name not in WRITTEN_ENTRIES}
+    content |= {"files": dict(files or {}), "kind": kind, "format": FORMAT, "versions": versions()}
+    write_json(folder / MANIFEST, {**content, "checksum": fingerprint([content])})
 
 
 def read_manifest(folder: Path, kind: str) -> dict[str, Any]:
     """Read the manifest of an artifact, and refuse what this version did not write.
 
     Raises:
-        StaleArtifactError: if the folder has no manifest, or one of another kind or format version.
+        StaleArtifactError: if the folder has no manifest, one of another kind or format version, or one that changed since.
     """
     path = folder / MANIFEST
     try:
@@ -110,7 +130,22 @@ def read_manifest(folder: Path, kind: str) -> dict[str, Any]:
             f"{path} is a {found[0]} artifact of format {found[1]}, but this version reads {kind} artifacts of format {FORMAT}; "
             f"run the {kind} stage again with `dvc repro --force`"
         )
+    if record.get("checksum") != fingerprint([{name: value for name, value in record.items() if name != "checksum"}]):
+        raise StaleArtifactError(f"{path} is damaged: its checksum is of other contents; run the {kind} stage again with `dvc repro --force`")
     return record
+
+
+def checked_file(folder: Path, manifest: Mapping[str, Any], name: str) -> Path:
+    """Return the path of an artifact's file, after comparing its contents with the hash in the manifest.
+
+    Raises:
+        StaleArtifactError: if the file is missing, or is not the one that was written.
+    """
+    path = folder / name
+    if not path.is_file() or sha256(path) != manifest["files"].get(name):
+        problem = "has another SHA-256 than its manifest: its contents changed" if path.is_file() else "is missing"
+        raise StaleArtifactError(f"{path} {problem}; run the {manifest['kind']} stage again with `dvc repro --force`")
+    return path
 
 
 def versions() -> dict[str, str]:
@@ -161,13 +196,18 @@ def need_disk(folder: Path, needed_bytes: int) -> None:
         )
 
 
+def unfinished(folder: Path) -> Path:
+    """Return where the folder that will take the place of `folder` is being written."""
+    return folder.with_name(f".{folder.name}.partial")
+
+
 @contextlib.contextmanager
 def replacing_folder(folder: Path) -> Iterator[Path]:
     """Yield an empty folder that takes the place of `folder` when the body succeeds.
 
-    What was there stays when the body fails or the process dies; a new try starts empty.
+    What was there stays when the body fails or the process dies; a new try starts empty. One process at a time.
     """
-    partial, old = folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.old.partial")
+    partial, old = unfinished(folder), folder.with_name(f".{folder.name}.old.partial")
     if old.exists() and not folder.exists():  # the process died between the two renames below
         old.rename(folder)
     for leftover in (partial, old):
@@ -189,10 +229,29 @@ def creating_folder(folder: Path) -> Iterator[Path]:
     """
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise ValueError(f"{folder} exists and is not an empty folder; give another name, or remove it first")
-    partial = folder.absolute().with_name(f".{folder.absolute().name}.{os.getpid()}.partial")
+    partial = _partial(folder.absolute())
     partial.mkdir(parents=True)
     try:
         yield partial
         partial.rename(folder)  # takes the place of an empty folder, never of one that was filled meanwhile
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _partial(path: Path) -> Path:
+    """Return this process's temporary name for a path; what processes that died left under theirs is removed."""
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+        process = leftover.name.removeprefix(f".{path.name}.").removesuffix(".partial")
+        if process.isdigit() and not _is_alive(int(process)):
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+    return path.with_name(f".{path.name}.{os.getpid()}.partial")
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # of another user
+        pass
+    return True

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 FLOORS = [  # from the bottom up
-    ("permllm.lookup", "permllm.artifacts", "permllm.tensor_files", "permllm.scratch", "permllm.memory", "permllm.sparsity"),
+    ("permllm.lookup", "permllm.batches", "permllm.artifacts", "permllm.tensor_files", "permllm.scratch", "permllm.memory", "permllm.sparsity"),
     ("permllm.permutation",),
     ("permllm.kernels", "permllm.models"),
     ("permllm.calibration",),

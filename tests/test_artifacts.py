@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections import namedtuple
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 from permllm.artifacts import (
     FORMAT,
     StaleArtifactError,
+    checked_file,
     creating_folder,
     fingerprint,
     need_disk,
@@ -101,7 +104,7 @@ def test_a_manifest_reads_back_with_the_versions_that_made_it(tmp_path):
 
 def test_a_manifest_of_another_kind_is_refused(tmp_path):
     write_manifest(tmp_path, "calibrate", {})
-    with pytest.raises(StaleArtifactError, match="is a calibrate artifact of format 2, but this version reads prune artifacts of format 2"):
+    with pytest.raises(StaleArtifactError, match="is a calibrate artifact of format 3, but this version reads prune artifacts of format 3"):
         read_manifest(tmp_path, "prune")
 
 
@@ -131,8 +134,39 @@ def test_a_folder_without_a_readable_manifest_is_not_complete(tmp_path, text):
 
 
 def test_a_record_cannot_change_the_kind_and_the_format_of_its_manifest(tmp_path):
-    write_manifest(tmp_path, "prune", {"kind": "calibrate", "format": 99, "versions": {}})
+    write_manifest(tmp_path, "prune", {"kind": "calibrate", "format": 99, "versions": {}, "checksum": ""})
     assert read_manifest(tmp_path, "prune")["versions"] != {}
+
+
+def test_a_manifest_that_changed_is_refused(tmp_path):
+    write_manifest(tmp_path, "prune", {"seed": 3})
+    path = tmp_path / "manifest.json"
+    path.write_text(path.read_text().replace('"seed": 3', '"seed": 7'))
+    with pytest.raises(StaleArtifactError, match=r"manifest.json is damaged: .*; run the prune stage again"):
+        read_manifest(tmp_path, "prune")
+
+
+def test_a_file_that_is_not_as_it_was_written_is_refused(tmp_path):
+    path = tmp_path / "layer"
+    path.write_bytes(b"content")
+    write_manifest(tmp_path, "prune", {}, {"layer": sha256(path)})
+    manifest = read_manifest(tmp_path, "prune")
+    assert checked_file(tmp_path, manifest, "layer") == path
+    path.write_bytes(b"contemt")
+    with pytest.raises(StaleArtifactError, match="layer has another SHA-256 than its manifest: its contents changed; run the prune stage again"):
+        checked_file(tmp_path, manifest, "layer")
+    path.unlink()
+    with pytest.raises(StaleArtifactError, match="layer is missing; run the prune stage again"):
+        checked_file(tmp_path, manifest, "layer")
+
+
+def test_what_dead_processes_left_half_written_is_removed_and_what_others_write_stays(tmp_path):
+    dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True).stdout.strip()
+    names = [f".record.json.{dead}.partial", f".record.json.{os.getppid()}.partial", f".record.json.more.{dead}.partial"]
+    for name in names:
+        (tmp_path / name).touch()
+    write_json(tmp_path / "record.json", {})
+    assert {path.name for path in tmp_path.iterdir()} == {"record.json", *names[1:]}
 
 
 def test_equal_parts_have_equal_fingerprints(tmp_path):

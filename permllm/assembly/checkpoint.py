@@ -6,13 +6,26 @@ it, and `config.json` is copied as it is.
 """
 
 import functools
+import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from permllm.artifacts import StaleArtifactError, fingerprint, need_disk, write_json, write_manifest, write_tensors
+from permllm.artifacts import (
+    StaleArtifactError,
+    checked_file,
+    fingerprint,
+    need_disk,
+    read_manifest,
+    sha256,
+    write_json,
+    write_manifest,
+    write_tensors,
+)
 from permllm.models.adapter import ModelAdapter
 from permllm.models.checkpoint_files import PICKLE_INDEX, SAFETENSORS, SAFETENSORS_INDEX, CheckpointFiles
 from permllm.permutation.permutation import Permutation
@@ -54,8 +67,27 @@ def write_masked_checkpoint(source: Path, adapter: ModelAdapter, pruning: SavedP
     copy_small_files(source, folder)
     written, hashes = _write_shards(files, _Targets(files, adapter, pruning), folder)
     zeros = _verify(files, CheckpointFiles.find(folder), _Targets(files, adapter, pruning), NMPattern.parse(pruning.manifest["pattern"]))
-    _write_record(folder / RECORD_FOLDER, pruning, hashes)
+    _write_record(folder, pruning, hashes)
     return {"bytes": written, "zeros": zeros}
+
+
+def check_checkpoint(folder: Path) -> None:
+    """Compare a checkpoint with its record: every tensor, the files beside them, and the record's own. Reads all of it once.
+
+    Raises:
+        StaleArtifactError: if there is no record, or naming everything that is not as it was written.
+        ValueError: if the weight files cannot be read.
+    """
+    record = folder / RECORD_FOLDER
+    manifest = read_manifest(record, KIND)
+    files, hashes = CheckpointFiles.find(folder), json.loads(checked_file(record, manifest, HASHES).read_text())
+    checked_file(record, manifest, PERMUTATIONS)
+    changed = [name for name in sorted({*files.names(), *hashes}) if name not in files.specs or hashes.get(name) != fingerprint([files.tensor(name)])]
+    changed += [name for name, recorded in manifest["beside"].items() if not (folder / name).is_file() or sha256(folder / name) != recorded]
+    if changed:
+        raise StaleArtifactError(
+            f"{folder} is not as it was written: {', '.join(changed)} changed; run the {KIND} stage again with `dvc repro --force`"
+        )
 
 
 class _Targets:
@@ -85,9 +117,13 @@ class _Targets:
 def copy_small_files(source: Path, folder: Path) -> None:
     """Copy configuration, tokenizer and what else lies beside the weights of a checkpoint."""
     for path in sorted(source.iterdir()):
-        is_weights = path.suffix in (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack") or path.name in (SAFETENSORS_INDEX, PICKLE_INDEX)
-        if path.is_file() and not is_weights:
+        if path.is_file() and not _is_weights(path):
             shutil.copyfile(path, folder / path.name)
+
+
+def _is_weights(path: Path) -> bool:
+    """Whether a file belongs to the weights; an index is checked against the files that it names whenever those are read."""
+    return path.suffix in (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack") or path.name in (SAFETENSORS_INDEX, PICKLE_INDEX)
 
 
 def _write_shards(files: CheckpointFiles, targets: _Targets, folder: Path) -> tuple[int, dict[str, str]]:
@@ -134,11 +170,17 @@ def _verify(source: CheckpointFiles, written: CheckpointFiles, targets: _Targets
     return zeros
 
 
+def write_record_manifest(folder: Path, record: Mapping[str, Any]) -> None:
+    """Write the manifest of a checkpoint's record, with the hashes of the record's files and of the small files beside the weights."""
+    hashed = {name: sha256(folder / RECORD_FOLDER / name) for name in (PERMUTATIONS, HASHES)}
+    beside = {path.name: sha256(path) for path in sorted(folder.iterdir()) if path.is_file() and not _is_weights(path)}
+    write_manifest(folder / RECORD_FOLDER, KIND, {**record, "beside": beside}, hashed)
+
+
 def _write_record(folder: Path, pruning: SavedPruning, hashes: dict[str, str]) -> None:
-    layers = range(len(pruning.manifest["groups"]))
+    record, layers = folder / RECORD_FOLDER, range(len(pruning.manifest["groups"]))
     orders = {f"{index}.{name}": order.order.int() for index in layers for name, order in pruning.orders(index).items()}
-    write_tensors(folder / PERMUTATIONS, orders)
-    write_tensors_in_turn(folder / MASKS, pruning.mask_specs(), pruning.packed_mask)
-    write_json(folder / HASHES, hashes)
-    record = {name: value for name, value in pruning.manifest.items() if name not in ("kind", "format", "versions")}
-    write_manifest(folder, KIND, record)
+    write_tensors(record / PERMUTATIONS, orders)
+    write_tensors_in_turn(record / MASKS, pruning.mask_specs(), pruning.packed_mask)
+    write_json(record / HASHES, hashes)
+    write_record_manifest(folder, pruning.manifest)

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from permllm.artifacts import creating_folder, fingerprint, need_disk, read_manifest, write_json, write_manifest, write_tensors
-from permllm.assembly.checkpoint import HASHES, KIND, MASKS, PERMUTATIONS, RECORD_FOLDER, VerificationError, copy_small_files
+from permllm.artifacts import creating_folder, fingerprint, need_disk, read_manifest, write_json, write_tensors
+from permllm.assembly.checkpoint import HASHES, KIND, MASKS, PERMUTATIONS, RECORD_FOLDER, VerificationError, copy_small_files, write_record_manifest
 from permllm.assembly.folding import Folding
 from permllm.assembly.record import FOLDED, PrunedCheckpoint, read_masks
 from permllm.calibration.capture import all_logits
@@ -84,8 +84,7 @@ def _write_shards(files: CheckpointFiles, checkpoint: PrunedCheckpoint, folding:
     (record / PERMUTATIONS).write_bytes((before / PERMUTATIONS).read_bytes())
     write_tensors(record / MASKS, _fold_masks(checkpoint, folding, read_masks(files.folder)))
     write_json(record / HASHES, hashes)
-    manifest = {name: value for name, value in read_manifest(before, KIND).items() if name not in ("kind", "format", "versions")}
-    write_manifest(record, KIND, {**manifest, "form": FOLDED})
+    write_record_manifest(folder, {**read_manifest(before, KIND), "form": FOLDED})
     return total
 
 

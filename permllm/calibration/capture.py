@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from permllm.batches import batches
 from permllm.calibration.statistics import GramAccumulator, LayerStats
 from permllm.models.adapter import ModelAdapter, is_finite
 from permllm.models.streaming import LayeredModel
@@ -159,7 +160,7 @@ def advance(layer: nn.Module, inputs: DecoderInputs, batch_size: int, name: str)
         ValueError: if the output holds NaN or infinity; `name` tells where.
     """
     device = next(layer.parameters()).device
-    for batch in inputs.hidden.split(batch_size):
+    for batch in batches(inputs.hidden.split(batch_size), name):
         output = run_layer(layer, batch.to(device), inputs.keywords[layer])
         if not is_finite(output):
             raise ValueError(f"activations hold NaN or infinity after {name}; load the model in float32 or bfloat16, or check the checkpoint")

@@ -8,40 +8,35 @@ from typing import Any
 import torch
 from torch import nn
 
-from permllm.artifacts import fingerprint, read_manifest, read_tensors, write_manifest, write_tensors
+from permllm.artifacts import checked_file, fingerprint, read_manifest, read_tensors, sha256, write_manifest, write_tensors
 from permllm.calibration.samples import CalibrationSet
 from permllm.calibration.statistics import ActivationStats, LayerStats
 from permllm.models.adapter import ModelAdapter
 from permllm.scratch import Scratch, layer_name
 
 KIND = "calibrate"
+SAMPLES = "samples.safetensors"
 
 
 @dataclass(frozen=True)
 class SavedStatistics(Sequence[LayerStats]):
-    """Statistics of every decoder layer; each access reads one layer's file."""
+    """Statistics of every decoder layer; each access reads one layer's file, and refuses one that is not as it was written."""
 
     folder: Path
-    layers: int
-    tokens: int
+    manifest: Mapping[str, Any]
     device: torch.device | str
 
     def __len__(self) -> int:
-        return self.layers
+        return self.manifest["layers"]
 
     def __getitem__(self, index: int) -> LayerStats:
-        if not 0 <= index < self.layers:
+        if not 0 <= index < len(self):
             raise IndexError(index)
-        grams = read_tensors(_layer_file(self.folder, index), self.device)
-        return {name: ActivationStats(gram, self.tokens) for name, gram in grams.items()}
+        grams = read_tensors(checked_file(self.folder, self.manifest, layer_name(index)), self.device)
+        return {name: ActivationStats(gram, self.manifest["tokens"]) for name, gram in grams.items()}
 
     def __iter__(self) -> Iterator[LayerStats]:
-        return (self[index] for index in range(self.layers))
-
-    def stamp(self) -> list[tuple[str, int, int]]:
-        """Return name, size and time of every file: other files have another stamp, without reading gigabytes."""
-        files = [_layer_file(self.folder, index) for index in range(self.layers)]
-        return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        return (self[index] for index in range(len(self)))
 
 
 @dataclass(frozen=True)
@@ -50,12 +45,14 @@ class Calibration:
 
     Attributes:
         fingerprint: of the model and the samples; statistics of another calibration are refused by it.
+        checksum: of the manifest, and with it of every file.
     """
 
     samples: CalibrationSet
     statistics: SavedStatistics
     model_fingerprint: str
     fingerprint: str
+    checksum: str
 
 
 def save_calibration(
@@ -71,21 +68,23 @@ def save_calibration(
     Args:
         scratch: where finished layers are kept until all are; `statistics` go on behind those that are there.
     """
-    write_tensors(folder / "samples.safetensors", {"tokens": samples.tokens})
+    write_tensors(folder / SAMPLES, {"tokens": samples.tokens})
+    files = {SAMPLES: sha256(folder / SAMPLES)}
     done = 0 if scratch is None else len(scratch)
     tokens = scratch.record(0)["tokens"] if done else 0
     layers = done
     for index, stats in enumerate(statistics, start=done):
         grams, tokens = {name: group.gram for name, group in stats.items()}, next(iter(stats.values())).tokens
         if scratch is None:
-            write_tensors(_layer_file(folder, index), grams)
+            write_tensors(folder / layer_name(index), grams)
+            files[layer_name(index)] = sha256(folder / layer_name(index))
         else:
             scratch.keep(index, grams, {"tokens": tokens})
         layers = index + 1
     if scratch is not None:
-        scratch.deliver(folder)
+        files |= scratch.deliver(folder)
     manifest = {"layers": layers, "tokens": tokens, "held_out": samples.held_out, "model_fingerprint": model_fingerprint}
-    write_manifest(folder, KIND, {**manifest, "fingerprint": fingerprint([model_fingerprint, samples.tokens]), **record})
+    write_manifest(folder, KIND, {**manifest, "fingerprint": fingerprint([model_fingerprint, samples.tokens]), **record}, files)
 
 
 def calibration_bytes(adapter: ModelAdapter, layers: Iterable[nn.Module]) -> int:
@@ -98,13 +97,9 @@ def load_calibration(folder: Path, device: torch.device | str = "cpu") -> Calibr
     """Open a calibration; Gram matrices are read to the device when they are asked for.
 
     Raises:
-        StaleArtifactError: if it is missing, not complete, or written by another version.
+        StaleArtifactError: if it is missing, not complete, damaged, or written by another version.
     """
     manifest = read_manifest(folder, KIND)
-    samples = CalibrationSet(read_tensors(folder / "samples.safetensors")["tokens"], manifest["held_out"])
-    statistics = SavedStatistics(folder, manifest["layers"], manifest["tokens"], device)
-    return Calibration(samples, statistics, manifest["model_fingerprint"], manifest["fingerprint"])
-
-
-def _layer_file(folder: Path, index: int) -> Path:
-    return folder / layer_name(index)
+    samples = CalibrationSet(read_tensors(checked_file(folder, manifest, SAMPLES))["tokens"], manifest["held_out"])
+    statistics = SavedStatistics(folder, manifest, device)
+    return Calibration(samples, statistics, manifest["model_fingerprint"], manifest["fingerprint"], manifest["checksum"])

@@ -10,11 +10,13 @@ from permllm.calibration.capture import HiddenStates, on_device
 from permllm.calibration.samples import tokenize
 from permllm.calibration.texts import TextSource, read_documents
 from permllm.evaluation.perplexity import perplexity
-from permllm.evaluation.zero_shot import ZeroShotConfig, zero_shot
+from permllm.evaluation.zero_shot import Once, ZeroShotConfig, directly, zero_shot
 from permllm.models.streaming import LayeredModel
 
 if TYPE_CHECKING:  # slow to import
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+PERPLEXITY = "perplexity"
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,10 @@ class EvaluateConfig:
 
     perplexity: PerplexityConfig
     zero_shot: ZeroShotConfig
+
+    def parts(self) -> list[str]:
+        """Return the names of what is measured, each finished by itself."""
+        return [PERPLEXITY, *self.zero_shot.tasks]
 
     def check(self) -> None:
         """Refuse files that are missing and unknown tasks, before the long run.
@@ -55,15 +61,18 @@ def evaluate(
     tokens: Tensor,
     config: EvaluateConfig,
     keep: HiddenStates = on_device,
+    once: Once = directly,
 ) -> dict[str, Any]:
     """Return `perplexity`, and `zero_shot` by task.
 
     Args:
         tokens: of the text for the perplexity, see `perplexity_tokens`.
-        load: returns the whole model; called if there are zero-shot tasks.
+        load: returns the whole model; called if zero-shot tasks are left to do.
         keep: see `perplexity`.
+        once: measures the perplexity and every task, or returns what an interrupted run measured.
     """
+    length, batch_size = config.perplexity.length, config.perplexity.batch_size
     return {
-        "perplexity": perplexity(layered, tokens, config.perplexity.length, config.perplexity.batch_size, keep),
-        "zero_shot": zero_shot(load(), tokenizer, config.zero_shot) if config.zero_shot.tasks else {},
+        PERPLEXITY: once(PERPLEXITY, lambda: perplexity(layered, tokens, length, batch_size, keep)),
+        "zero_shot": zero_shot(load, tokenizer, config.zero_shot, once),
     }

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from permllm.batches import batches
 from permllm.calibration.capture import HiddenStates, finish, last_hidden, on_device
 from permllm.models.streaming import LayeredModel
 
@@ -30,7 +31,7 @@ def perplexity(layered: LayeredModel, tokens: Tensor, length: int, batch_size: i
     last = last_hidden(layered, windows, batch_size, keep)
     total = torch.zeros((), dtype=torch.float64)
     with layered.head():
-        for batch, hidden in zip(windows.split(batch_size), last.split(batch_size), strict=True):
+        for batch, hidden in batches(list(zip(windows.split(batch_size), last.split(batch_size), strict=True)), "logits"):
             logits = finish(layered.model, layered.adapter, hidden.to(layered.device))[:, :-1].float()
             total += cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten().to(logits.device), reduction="sum").double().cpu()
     mean = total / (windows.numel() - len(windows))

@@ -1,8 +1,9 @@
 """Zero-shot accuracy on multiple-choice tasks, measured by lm-eval."""
 
 import copy
+import functools
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import asdict, dataclass
 from io import StringIO
@@ -19,6 +20,7 @@ if TYPE_CHECKING:  # both take seconds to import: the functions below import lm-
     from lm_eval.models.huggingface import HFLM
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+Once = Callable[[str, Callable[[], Any]], Any]  # a name and what measures it -> what it comes to
 logger = logging.getLogger(__name__)
 
 
@@ -86,9 +88,27 @@ def _name_problems(name: str, is_from_hub: bool) -> list[str]:
     return [f"the hub has no task {name}; name its files"] if is_from_hub and task.official is None else []
 
 
-def zero_shot(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", config: ZeroShotConfig) -> dict[str, dict[str, float]]:
-    """Return the accuracies of each task; see `accuracies`."""
-    return accuracies(model, tokenizer, config.questions(), config.batch_size, config.limit)
+def directly(_: str, measure: Callable[[], Any]) -> Any:
+    """Measure, whatever was measured before."""
+    return measure()
+
+
+def zero_shot(
+    load: "Callable[[], PreTrainedModel]", tokenizer: "PreTrainedTokenizerBase", config: ZeroShotConfig, once: Once = directly
+) -> dict[str, dict[str, float]]:
+    """Return the accuracies of each task, one after another; see `accuracies`.
+
+    Args:
+        load: returns the model; called before the first task that is measured.
+        once: measures a task by its name, or returns what an interrupted run measured.
+    """
+    questions, model = config.questions(), functools.cache(load)
+    _check(questions)
+
+    def measure(name: str) -> dict[str, float]:
+        return accuracies(model(), tokenizer, {name: questions[name]}, config.batch_size, config.limit)[name]
+
+    return {name: once(name, functools.partial(measure, name)) for name in questions}
 
 
 def accuracies(
@@ -116,11 +136,7 @@ def accuracies(
     Raises:
         ValueError: if a task is unknown, a task has fewer than two questions, or a choice is longer than the context.
     """
-    problems = [problem for name, questions in tasks.items() for problem in _name_problems(name, questions is None)]
-    few = [name for name, questions in tasks.items() if questions is not None and len(questions) < 2]
-    problems += [f"{name} has fewer than two questions, which a standard error needs" for name in few]
-    if problems:
-        raise ValueError("; ".join(problems))
+    _check(tasks)
     if not tasks:
         return {}
     from lm_eval import evaluate
@@ -135,6 +151,14 @@ def accuracies(
     with _quiet():
         results = evaluate(lm, {"tasks": loaded}, limit=limit, log_samples=False)
     return {name: _scores(name, results) for name in tasks}
+
+
+def _check(tasks: Mapping[str, Sequence[Question] | None]) -> None:
+    problems = [problem for name, questions in tasks.items() for problem in _name_problems(name, questions is None)]
+    few = [name for name, questions in tasks.items() if questions is not None and len(questions) < 2]
+    problems += [f"{name} has fewer than two questions, which a standard error needs" for name in few]
+    if problems:
+        raise ValueError("; ".join(problems))
 
 
 @contextmanager

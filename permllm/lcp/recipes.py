@@ -155,6 +155,10 @@ class LearnConfig:
         """Return the learning rate for a score: the one set, or the published one."""
         return self.learning_rate if self.learning_rate is not None else PUBLISHED_LEARNING_RATES[score]
 
+    def windows(self, layers: int) -> int:
+        """Return in how many windows, one after another, the decoder layers of a model learn."""
+        return math.ceil(min(self.last_layers or layers, layers) / (self.window or layers))
+
     def fitting_block_size(self, channels: int, pattern: NMPattern) -> int:
         """Return the block size for a layer: of the multiples of M that divide its channels, the one nearest to that asked for.
 

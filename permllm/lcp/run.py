@@ -4,6 +4,7 @@ Permutations learn by their logits or by guided moves (the learner); epochs, los
 interrupted run leaves are the same for both.
 """
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -16,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from permllm.artifacts import replacing
+from permllm.artifacts import fingerprint, replacing
+from permllm.batches import batches
 from permllm.calibration.capture import DecoderInputs, finish, run_layer
 from permllm.calibration.statistics import LayerStats
 from permllm.lcp.distributed import ALONE, Ranks
@@ -36,6 +38,8 @@ from permllm.sparsity.pattern import NMPattern
 
 if TYPE_CHECKING:  # slow to import
     from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -111,6 +115,19 @@ def orders_of(permutations: Sequence[LayerPermutations]) -> list[dict[str, Tenso
     return [{name: permutation.order.cpu() for name, permutation in layer.items()} for layer in permutations]
 
 
+def _leaves(value: Any) -> Iterator[Any]:
+    """Yield the names, tensors and plain values of a nested state, in order."""
+    if isinstance(value, dict):
+        for name, part in value.items():
+            yield name
+            yield from _leaves(part)
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _leaves(part)
+    else:
+        yield value
+
+
 @dataclass
 class State:
     """What an interrupted run needs to go on: plain values and tensors, on disk after every epoch.
@@ -131,14 +148,36 @@ class State:
 
     @classmethod
     def read(cls, path: Path | None) -> Self:
-        """Return the state that an interrupted run left, or a new one."""
-        return cls(path, **(torch.load(path, weights_only=True) if path is not None and path.exists() else {}))
+        """Return the state that an interrupted run left, or a new one if there is none or it is damaged."""
+        if path is None or not path.exists():
+            return cls(path)
+        try:
+            kept = torch.load(path, weights_only=True)
+            if kept.pop("checksum") != fingerprint(_leaves(kept)):
+                raise ValueError("its checksum is of other contents")
+            return cls(path, **kept)
+        except Exception as error:  # torch raises a dozen classes for a file that is not whole
+            logger.warning("%s is damaged (%s): learning begins again", path, error)
+            return cls(path)
 
     def write(self) -> None:
-        """Put it on disk."""
+        """Put it on disk.
+
+        Raises:
+            OSError: if the disk is full or cannot be written.
+        """
         if self.path is not None:
+            kept = {name: value for name, value in vars(self).items() if name != "path"}
             with replacing(self.path) as partial:
-                torch.save({name: value for name, value in vars(self).items() if name != "path"}, partial)
+                try:
+                    torch.save({**kept, "checksum": fingerprint(_leaves(kept))}, partial)
+                except RuntimeError as error:  # what torch makes of a full disk
+                    raise OSError(f"{self.path} cannot be written ({error}); is the disk full?") from error
+
+    @property
+    def epochs(self) -> int:
+        """How many epochs are learned, in all windows together."""
+        return sum(record["epoch"] > 0 for record in self.history)
 
     def finish_window(self, permutations: Sequence[LayerPermutations]) -> None:
         """Move on to the next window."""
@@ -204,7 +243,7 @@ class Run:
                 if self._is_out_of_patience(done):
                     break
                 losses = []
-                for rows in torch.randperm(self.training, generator=self.generator).split(self.config.batch_size):
+                for rows in batches(torch.randperm(self.training, generator=self.generator).split(self.config.batch_size), f"epoch {epoch}"):
                     losses.append(self._step(rows, (epoch - 1) * self.steps_per_epoch + len(losses), epoch))
                 self._end_epoch(epoch)
                 close_epoch(epoch, float(torch.stack(losses).mean()), self._temperature(epoch * self.steps_per_epoch - 1))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from permllm.artifacts import read_manifest, read_tensors, write_manifest, write_tensors
+from permllm.artifacts import checked_file, read_manifest, read_tensors, sha256, write_manifest, write_tensors
 from permllm.models.checkpoint_files import CheckpointFiles
 from permllm.permutation.permutation import Permutation
 from permllm.pruning.methods import PrunedGroup, PrunedLayer, PrunedLinear, PruningMethod
@@ -17,12 +17,13 @@ from permllm.scratch import Scratch, layer_name
 from permllm.sparsity.bits import pack_mask, unpack_mask
 from permllm.tensor_files import TensorSpec, read_tensor, tensor_specs
 
-KIND = "prune"
+KIND, LEARNED = "prune", "learn"
+ORDERS = "orders.safetensors"
 
 
 @dataclass(frozen=True)
 class SavedPruning:
-    """Pruned layers that are read one at a time.
+    """Pruned layers that are read one at a time; a whole layer is refused if it is not as it was written.
 
     Attributes:
         manifest: pattern, method, seed, fingerprints of model and calibration, and the quality of every group.
@@ -36,7 +37,7 @@ class SavedPruning:
 
     def layer(self, index: int) -> PrunedLayer:
         """Read one decoder layer."""
-        return _read_layer(_layer_file(self.folder, index), self.manifest["groups"][index])
+        return _read_layer(checked_file(self.folder, self.manifest, layer_name(index)), self.manifest["groups"][index])
 
     def orders(self, index: int) -> LayerPermutations:
         """Read the orders of one decoder layer alone."""
@@ -91,6 +92,7 @@ def save_pruning(
     Returns:
         `retained_score` and `output_error`, averaged over all linear groups.
     """
+    files: dict[str, str] = {}
     groups: list[dict[str, Any]] = [] if scratch is None else [scratch.record(index)["groups"] for index in range(len(scratch))]
     for index, layer in enumerate(layers, start=len(groups)):
         tensors = {name: tensor for group in layer.items() for name, tensor in _pack_group(*group)}
@@ -102,27 +104,71 @@ def save_pruning(
         )
         if scratch is None:
             write_tensors(_layer_file(folder, index), tensors)
+            files[layer_name(index)] = sha256(_layer_file(folder, index))
         else:
             scratch.keep(index, tensors, {"groups": groups[index], "generator": generator.get_state().numpy().tobytes().hex()})
     if scratch is not None:
-        scratch.deliver(folder)
-    write_manifest(folder, KIND, {**record, "groups": groups})
+        files = scratch.deliver(folder)
+    write_manifest(folder, KIND, {**record, "groups": groups}, files)
     flat = [group for layer in groups for group in layer.values()]
     return {name: sum(group[name] for group in flat) / len(flat) for name in ("retained_score", "output_error")}
 
 
-def kept_orders(file: Path, find: Callable[[], list[LayerPermutations]]) -> list[LayerPermutations]:
-    """Return the orders that a file holds, or find them and write it."""
-    if not file.is_file():
-        found = find()
-        # clones: a shared order is one tensor in many places, which safetensors refuses
-        write_tensors(file, {f"{index}.{name}": order.order.clone() for index, layer in enumerate(found) for name, order in layer.items()})
-        return found
+def write_orders(file: Path, layers: Sequence[LayerPermutations]) -> None:
+    """Write the orders of all linear groups of all decoder layers."""
+    # clones: a shared order is one tensor in many places, which safetensors refuses
+    write_tensors(file, {f"{index}.{name}": order.order.clone() for index, layer in enumerate(layers) for name, order in layer.items()})
+
+
+def read_orders(file: Path) -> list[LayerPermutations]:
+    """Read what `write_orders` wrote."""
     layers: dict[int, LayerPermutations] = {}
     for name, order in read_tensors(file).items():
         index, _, group = name.partition(".")
         layers.setdefault(int(index), {})[group] = Permutation(order)
     return [layers[index] for index in sorted(layers)]
+
+
+def kept_orders(file: Path, find: Callable[[], list[LayerPermutations]]) -> list[LayerPermutations]:
+    """Return the orders that a file holds, or find them and write it."""
+    if not file.is_file():
+        write_orders(file, find())
+    return read_orders(file)
+
+
+@dataclass(frozen=True)
+class SavedOrders:
+    """Learned orders.
+
+    Attributes:
+        manifest: pattern, method, settings of learning, fingerprints of model and calibration.
+    """
+
+    folder: Path
+    manifest: dict[str, Any]
+
+    def orders(self) -> list[LayerPermutations]:
+        """Read them.
+
+        Raises:
+            StaleArtifactError: if the file is not as it was written.
+        """
+        return read_orders(checked_file(self.folder, self.manifest, ORDERS))
+
+
+def save_orders(folder: Path, layers: Sequence[LayerPermutations], record: Mapping[str, Any]) -> None:
+    """Write learned orders into a folder; the manifest comes last."""
+    write_orders(folder / ORDERS, layers)
+    write_manifest(folder, LEARNED, record, {ORDERS: sha256(folder / ORDERS)})
+
+
+def load_orders(folder: Path) -> SavedOrders:
+    """Open learned orders.
+
+    Raises:
+        StaleArtifactError: if they are missing, not complete, or written by another version.
+    """
+    return SavedOrders(folder, read_manifest(folder, LEARNED))
 
 
 def pruning_bytes(files: CheckpointFiles, method: PruningMethod) -> int:

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from permllm.artifacts import fingerprint
 from permllm.assembly.checkpoint import write_masked_checkpoint
 from permllm.assembly.folded import write_folded_checkpoint
 from permllm.calibration.capture import dense_statistics
@@ -97,9 +98,11 @@ def write_folded(write_masked) -> Callable[..., Path]:
 
 
 def edit_json(path: Path, change: Callable[[dict], object]) -> None:
-    """Change a JSON file in place."""
+    """Change a JSON file in place; a manifest lies then, but is not damaged."""
     record = json.loads(path.read_text())
     change(record)
+    if "checksum" in record:
+        record["checksum"] = fingerprint([{name: value for name, value in record.items() if name != "checksum"}])
     path.write_text(json.dumps(record))
 
 

@@ -157,9 +157,9 @@ def test_a_local_file_is_scored_like_the_official_data(
     read: list[str] = []
     model.register_forward_pre_hook(lambda _, inputs: read.extend(tiny_tokenizer.batch_decode(inputs[0])))
 
-    from_file = zero_shot(model, tiny_tokenizer, ZeroShotConfig({task: TextSource(str(tmp_path / "rows.json"))}, batch_size=1))
+    from_file = zero_shot(lambda: model, tiny_tokenizer, ZeroShotConfig({task: TextSource(str(tmp_path / "rows.json"))}, batch_size=1))
     texts_of_file, read[:] = list(read), []
-    from_hub = zero_shot(model, tiny_tokenizer, ZeroShotConfig({task: None}, batch_size=1))
+    from_hub = zero_shot(lambda: model, tiny_tokenizer, ZeroShotConfig({task: None}, batch_size=1))
 
     assert from_file == from_hub
     assert read == [f"Sawing: {text.lstrip()}" if task == "hellaswag" else text for text in texts_of_file]
@@ -191,12 +191,12 @@ def test_a_single_question_is_refused(model: PreTrainedModel, tiny_tokenizer: Pr
 
 
 def test_no_tasks_give_no_results(model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast):
-    assert zero_shot(model, tiny_tokenizer, ZeroShotConfig({})) == {}
+    assert zero_shot(lambda: model, tiny_tokenizer, ZeroShotConfig({})) == {}
 
 
 def test_the_shipped_model_continues_passages_far_better_than_chance(shipped_model: Path, repository: Path):
     config = ZeroShotConfig({"continuation": TextSource(str(repository / "data/prose/*_*[02468].txt"))}, batch_size=16, per_passage=1)
     model = AutoModelForCausalLM.from_pretrained(shipped_model, dtype=torch.float32)
-    result = zero_shot(model, AutoTokenizer.from_pretrained(shipped_model), config)["continuation"]
+    result = zero_shot(lambda: model, AutoTokenizer.from_pretrained(shipped_model), config)["continuation"]
     assert result["questions"] == 54
     assert result["acc"] >= 0.35  # chance is 0.25

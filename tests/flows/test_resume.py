@@ -1,25 +1,36 @@
 """Stages that are killed in the middle go on where they stopped, and end with the bytes of an undisturbed run."""
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file, save_file
 
-from flows import calibrate, prune
+from flows import assemble, calibrate, evaluate, learn, prune, stage
 from permllm import memory
 from permllm.calibration import capture
+from permllm.evaluation import evaluate as evaluation
+from permllm.evaluation import zero_shot
+from permllm.lcp import run as learning
+from permllm.lcp.run import Run, State
 from permllm.pruning import layerwise
-from permllm.scratch import Scratch
+from permllm.scratch import Scratch, alone_in
 
+TASKS = {name: {"files": "questions.jsonl"} for name in ("openbookqa", "arc_easy")}
+QUESTIONS = [{"query": f"The fox number {number} jumps", "choices": ["over the dog", "so lazy"], "gold": number % 2} for number in range(4)]
 MODEL = {
     "source": "model/llama",
     "device": "cpu",
     "calibrate": {"text": {"files": "text/*.txt"}, "sequences": 12, "length": 32, "held_out": 4, "batch_size": 4},
-    "evaluate": {"perplexity": {"text": {"files": "text/*.txt"}, "length": 32}, "zero_shot": {"tasks": {}}},
+    "learn": {"epochs": 3, "batch_size": 4},
+    "evaluate": {"perplexity": {"text": {"files": "text/*.txt"}, "length": 32}, "zero_shot": {"tasks": TASKS}},
 }
 METHODS = {
     "wanda": {"score": "wanda"},
@@ -27,7 +38,8 @@ METHODS = {
     "sparsegpt+cp": {"update": "sparsegpt", "permutation": "cp"},
     "search-foldable": {"permutation": "search", "layout": "foldable"},
 }
-RUN = {"models": ["tiny"], "patterns": ["2:4"], "one_shot": list(METHODS), "learned": [], "methods": list(METHODS)}
+LEARNED = {"permllm": {"score": "wanda", "permutation": "lcp", "learn": {"start": "cp"}}}
+RUN = {"models": ["tiny"], "patterns": ["2:4"], "one_shot": list(METHODS), "learned": list(LEARNED), "methods": [*METHODS, *LEARNED]}
 KILL = """
 import os, signal, sys
 from permllm.scratch import Scratch
@@ -46,12 +58,13 @@ def project(tmp_path, monkeypatch, tiny_checkpoint):
     tiny_checkpoint(tmp_path / "model", "llama")
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "a.txt").write_text("The quick brown fox jumps over the lazy dog. " * 40)
+    (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, QUESTIONS)))
     write_params(sequential=False)
     return tmp_path
 
 
 def write_params(sequential: bool, **settings: object) -> None:
-    record = {"run": RUN, "methods": METHODS, "models": {"tiny": {**MODEL, "prune": {"sequential": sequential}, **settings}}}
+    record = {"run": RUN, "methods": METHODS | LEARNED, "models": {"tiny": {**MODEL, "prune": {"sequential": sequential}, **settings}}}
     Path("params.yaml").write_text(yaml.safe_dump(record))
 
 
@@ -63,23 +76,29 @@ def result(*parts: str) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in Path("data").joinpath(*parts).iterdir()}
 
 
-def killed_after(layers: int, stage, arguments: list[str]) -> None:
-    """Run a stage in a forked process that is killed as soon as so many layers are on the disk."""
+def killed(stage, arguments: list[str], owner, name: str, when) -> None:
+    """Run a stage in a forked process that is killed when a method of `owner` has run and `when` says so of its arguments."""
     child = os.fork()
     if child == 0:
-        keep = Scratch.keep
+        original = getattr(owner, name)
 
-        def keep_and_die(self, index, *rest):
-            keep(self, index, *rest)
-            if index + 1 == layers:
+        def run_and_die(*given):
+            found = original(*given)
+            if when(*given):
                 os.kill(os.getpid(), signal.SIGKILL)
+            return found
 
-        Scratch.keep = keep_and_die
+        setattr(owner, name, run_and_die)
         try:
             stage.main(arguments)
         finally:
             os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
+def killed_after(layers: int, stage, arguments: list[str]) -> None:
+    """Kill a stage as soon as so many layers are on the disk."""
+    killed(stage, arguments, Scratch, "keep", lambda _, index, *rest: index + 1 == layers)
 
 
 def counted(monkeypatch, module, name: str) -> list:
@@ -140,10 +159,137 @@ def test_what_other_settings_left_is_not_taken_up(project, monkeypatch):
 def test_a_new_calibration_makes_what_was_pruned_stale(project, monkeypatch):
     calibrate.main(["--model", "tiny"])
     killed_after(2, prune, setting("wanda"))
+    write_params(sequential=False, calibrate={**MODEL["calibrate"], "seed": 1})
     calibrate.main(["--model", "tiny"])
     calls = counted(monkeypatch, layerwise, "prune_layer")
     prune.main(setting("wanda"))
     assert len(calls) == 3
+
+
+@pytest.fixture
+def learned(project):
+    """What learning leaves when nothing disturbs it, by name; it is removed again."""
+    calibrate.main(["--model", "tiny"])
+    learn.main(setting("permllm"))
+    expected = {kind: result(kind, "tiny", "2:4", "permllm") for kind in ("learn", "prune")}
+    for kind in expected:
+        shutil.rmtree(Path("data") / kind)
+    return expected
+
+
+def learned_again() -> dict:
+    learn.main(setting("permllm"))
+    assert not list(Path(".cache/learn").iterdir())
+    return {kind: result(kind, "tiny", "2:4", "permllm") for kind in ("learn", "prune")}
+
+
+def test_learning_that_is_killed_goes_on_with_equal_bytes(learned, monkeypatch):
+    killed(learn, setting("permllm"), State, "write", lambda state: state.epochs == 2)
+    steps = counted(monkeypatch, Run, "_step")
+    assert learned_again() == learned and len(steps) == 2  # of the third epoch
+
+
+def test_learning_that_is_killed_while_it_prunes_does_not_learn_again(learned, monkeypatch):
+    killed_after(2, learn, setting("permllm"))
+    steps, layers = counted(monkeypatch, Run, "_step"), counted(monkeypatch, layerwise, "prune_layer")
+    assert learned_again() == learned and steps == [] and len(layers) == 1
+
+
+def test_learning_that_is_killed_while_it_writes_its_state_leaves_nothing_half_written(learned):
+    killed(learn, setting("permllm"), learning.torch, "save", lambda state, _: len(state["history"]) == 2)
+    assert len(list(Path(".cache/learn").rglob("*.partial"))) == 1
+    assert learned_again() == learned
+
+
+def test_a_damaged_state_is_not_taken_up(learned, capsys):
+    killed(learn, setting("permllm"), State, "write", lambda state: state.epochs == 2)
+    state = next(Path(".cache/learn").rglob("state.pt"))
+    content = state.read_bytes()
+    best = content.index(torch.load(state)["orders"][0]["mlp_out"].numpy().tobytes())
+    state.write_bytes(content[:best] + bytes([content[best] ^ 1]) + content[best + 1 :])
+    assert learned_again() == learned
+    assert "state.pt is damaged (its checksum is of other contents): learning begins again" in capsys.readouterr().err
+
+
+def test_what_other_settings_learned_is_not_taken_up(learned, monkeypatch):
+    killed(learn, setting("permllm"), State, "write", lambda state: state.epochs == 2)
+    write_params(sequential=False, learn={**MODEL["learn"], "seed": 1})
+    steps = counted(monkeypatch, Run, "_step")
+    learn.main(setting("permllm"))
+    assert len(steps) == 6 and not list(Path(".cache/learn").iterdir())
+
+
+def test_an_evaluation_that_is_killed_measures_nothing_twice(project, monkeypatch):
+    metrics = Path("data/metrics/evaluate/tiny/dense.json")
+    dense = ["--model", "tiny", "--method", "dense"]
+    evaluate.main(dense)
+    expected = json.loads(metrics.read_text())
+    metrics.unlink()
+    killed(evaluate, dense, Scratch, "once", lambda _, name, *rest: name == "arc_easy")
+    perplexities, tasks = counted(monkeypatch, evaluation, "perplexity"), counted(monkeypatch, zero_shot, "accuracies")
+    evaluate.main(dense)
+    assert perplexities == [] and tasks == ["accuracies"]  # openbookqa
+    assert {**json.loads(metrics.read_text()), "seconds": 0} == {**expected, "seconds": 0}
+    assert expected["zero_shot"].keys() == TASKS.keys() and not list(Path(".cache/evaluate").iterdir())
+
+
+def test_another_checkpoint_is_evaluated_from_the_start(project, monkeypatch):
+    dense = ["--model", "tiny", "--method", "dense"]
+    killed(evaluate, dense, Scratch, "once", lambda _, name, *rest: name == "perplexity")
+    weights = Path("model/llama/model.safetensors")
+    tensors = load_file(weights)
+    save_file({**tensors, "model.norm.weight": tensors["model.norm.weight"] + 1}, weights, {"format": "pt"})
+    perplexities = counted(monkeypatch, evaluation, "perplexity")
+    evaluate.main(dense)
+    assert len(perplexities) == 1
+
+
+def test_what_killed_stages_keep_goes_away_after_their_metrics_are_written(project, monkeypatch):
+    calibrate.main(["--model", "tiny"])
+    killed(prune, setting("wanda"), stage, "write_json", lambda *rest: True)
+    calls = counted(monkeypatch, layerwise, "prune_layer")
+    prune.main(setting("wanda"))
+    assert calls == [] and not list(Path(".cache/prune").iterdir())
+
+
+@pytest.mark.parametrize("chosen", [calibrate, prune, learn, assemble, evaluate])
+def test_a_second_process_at_one_setting_is_refused(project, chosen):
+    calibrate.main(["--model", "tiny"])
+    name = chosen.__name__.rpartition(".")[2]
+    arguments = ["--model", "tiny"] if chosen is calibrate else setting("permllm" if chosen is learn else "wanda")
+    home = Path(".cache") / name / "_".join(arguments[1::2])
+    before = sorted(Path("data").rglob("*"))
+    with alone_in(home), pytest.raises(SystemExit, match=f"another process is at work in {home}; wait until it has ended, or stop it"):
+        chosen.main(arguments)
+    assert sorted(Path("data").rglob("*")) == before
+
+
+def flip(path: Path, at: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("reader", "file", "said"),
+    [
+        (prune, "calibrate/tiny/layer_001.safetensors", "another SHA-256 than its manifest.*run the calibrate stage again"),
+        (prune, "calibrate/tiny/samples.safetensors", "another SHA-256 than its manifest.*run the calibrate stage again"),
+        (prune, "calibrate/tiny/manifest.json", "manifest.json.*run the calibrate stage again"),
+        (learn, "calibrate/tiny/layer_002.safetensors", "another SHA-256 than its manifest.*run the calibrate stage again"),
+        (assemble, "prune/tiny/2:4/wanda/layer_002.safetensors", "another SHA-256 than its manifest.*run the prune stage again"),
+        (evaluate, "assemble/tiny/2:4/wanda/model.safetensors", r"not as it was written: model\..* changed; run the assemble stage again"),
+        (evaluate, "assemble/tiny/2:4/wanda/config.json", "not as it was written: config.json changed"),
+        (evaluate, "assemble/tiny/2:4/wanda/permllm/hashes.json", "another SHA-256 than its manifest.*run the assemble stage again"),
+    ],
+)
+def test_a_flipped_bit_is_found_by_who_reads_it(project, reader, file, said):
+    calibrate.main(["--model", "tiny"])
+    prune.main(setting("wanda"))
+    assemble.main(setting("wanda"))
+    flip(Path("data") / file, -20)
+    with pytest.raises(SystemExit, match=said):
+        reader.main(setting("permllm" if reader is learn else "wanda"))
 
 
 @pytest.mark.parametrize("kept", ["disk", "device"])
@@ -161,11 +307,11 @@ def test_unknown_places_for_hidden_states_are_refused(project):
         calibrate.main(["--model", "tiny"])
 
 
-@pytest.mark.parametrize("stage", [calibrate, prune])
-def test_a_stage_that_does_not_fit_into_memory_is_refused_before_it_starts(project, monkeypatch, stage):
+@pytest.mark.parametrize("chosen", [calibrate, prune])
+def test_a_stage_that_does_not_fit_into_memory_is_refused_before_it_starts(project, monkeypatch, chosen):
     calibrate.main(["--model", "tiny"])
     before = {path: path.read_bytes() for path in Path("data").rglob("*") if path.is_file()}
     monkeypatch.setattr(memory, "free_host_bytes", lambda: 100)
     with pytest.raises(SystemExit, match=r"not enough memory for \w+ tiny: about .* GB are needed on this machine and 0.00 GB are free"):
-        stage.main(["--model", "tiny"] if stage is calibrate else setting("wanda"))
+        chosen.main(["--model", "tiny"] if chosen is calibrate else setting("wanda"))
     assert {path: path.read_bytes() for path in Path("data").rglob("*") if path.is_file()} == before

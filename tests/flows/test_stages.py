@@ -180,8 +180,8 @@ def test_a_stage_refuses_the_result_of_another_checkpoint_or_version(project: Pa
     calibrate.main(["--model", "tiny"])
     prune.main(setting("wanda"))
     manifest = Path("data/prune/tiny/2:4/wanda/manifest.json")
-    manifest.write_text(manifest.read_text().replace('"format": 2', '"format": 99'))
-    with pytest.raises(SystemExit, match="format 99.*reads prune artifacts of format 2.*dvc repro --force"):
+    manifest.write_text(manifest.read_text().replace('"format": 3', '"format": 99'))
+    with pytest.raises(SystemExit, match="format 99.*reads prune artifacts of format 3.*dvc repro --force"):
         assemble.main(setting("wanda"))
     break_weights(lambda tensors: tensors["model.norm.weight"].add_(1))
     with pytest.raises(SystemExit, match="calibration of tiny was made from another checkpoint.*run the calibrate stage again"):

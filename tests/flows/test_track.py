@@ -12,9 +12,13 @@ import yaml
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
+from flows import track as track_module
+from flows.experiment import EXPERIMENT, Experiment, UnreachableError
 from flows.graph import Stage, Stages
+from flows.live import copy_lines
 from flows.paths import Setting
-from flows.track import EXPERIMENT, track
+from flows.track import track
+from permllm.artifacts import unfinished
 
 MODEL, PATTERN = "tiny", "2:4"
 METHODS = {"wanda": "prune", "permllm": "learn"}  # and the stage that prunes with it
@@ -97,20 +101,9 @@ def write(path: Path, content: Any) -> str:
     return hashlib.md5(path.read_bytes()).hexdigest()
 
 
-@pytest.fixture(scope="session")
-def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A database with MLflow's tables: they take seconds to make."""
-    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
-    MlflowClient(f"sqlite:///{path}").search_experiments()
-    return path
-
-
 @pytest.fixture
-def pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty_database: Path) -> Pipeline:
+def pipeline(mlflow_folder: Path) -> Pipeline:
     """A finished pipeline in a new folder, which is entered."""
-    monkeypatch.chdir(tmp_path)
-    shutil.copy(empty_database, "mlflow.db")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     finished = Pipeline()
     finished.run_all()
     return finished
@@ -216,6 +209,34 @@ def test_a_run_that_was_not_finished_is_written_again(pipeline: Pipeline, monkey
     assert [run.info.status for run in runs()] == ["RUNNING"]
     assert track(STAGES) == (3, 0)
     assert [run.info.status for run in runs()] == ["FINISHED"] * 3
+
+
+def test_what_a_server_that_is_gone_does_not_get_is_tracked_later(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
+        patch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+        patch.setattr(track_module, "read_stages", lambda: STAGES)
+        track_module.main()
+    assert ended.value.code == 75
+    assert track(STAGES) == (3, 0)
+
+
+def test_a_server_that_is_gone_is_named(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    with pytest.raises(UnreachableError, match=r"MLflow at http://127.0.0.1:9 does not answer; all results are kept, and `python -m flows.track`"):
+        track(STAGES)
+
+
+@pytest.mark.parametrize("learns_again", [False, True])
+def test_a_finished_result_takes_the_place_of_its_live_run(pipeline: Pipeline, learns_again: bool):
+    setting = Setting(MODEL, PATTERN, "permllm")
+    line = json.dumps({"epoch": 0, "training_loss": None, "held_out_loss": 0.5})
+    with Experiment.open() as experiment:
+        copy_lines(experiment, setting, [line])
+    if learns_again:
+        unfinished(setting.path("learn")).mkdir(parents=True)
+    assert the_run("permllm").info.status == "RUNNING"
+    track(STAGES)
+    assert [run.info.status for run in runs("tags.method = 'permllm'")] == ["FINISHED"] + ["RUNNING"] * learns_again
 
 
 def forget_a_stage(pipeline: Pipeline) -> None:
