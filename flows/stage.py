@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -38,10 +39,16 @@ def run_stage(name: str, stage: StageFunction, arguments: tuple[str, ...], argv:
     try:
         metrics = stage(Params.read(), setting)
     except (ValueError, ArithmeticError, OSError) as error:  # what the user can mend; anything else is ours and keeps its traceback
-        sys.exit(f"permllm {name}: {error}")
+        sys.exit(f"permllm {name}: {error}{_put_back()}")
     seconds = time.perf_counter() - started
     write_json(setting.metrics(name), {**metrics, "seconds": round(seconds, 3)})
     logger.info("%s %s: %.1f s", name, " ".join(filter(None, vars(setting).values())), seconds)
+
+
+def _put_back() -> str:
+    """Say how to get the earlier outputs again, which DVC removes before it runs a stage."""
+    address = os.environ.get("DVC_STAGE")
+    return f"\n`dvc checkout {address}` puts an earlier result back, if there was one" if address else ""
 
 
 def progress(items: Iterable[Item], what: str, total: int, done: int = 0) -> Iterator[Item]:
