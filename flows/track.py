@@ -20,9 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
-from flows.graph import Stages, needs_of, read_stages
+from flows.graph import Stages, needs_of, read_records, read_stages
 from flows.paths import DATA, REPORT, Setting
-from permllm.artifacts import read_yaml
 from permllm.report.summary import DENSE
 
 if TYPE_CHECKING:
@@ -111,8 +110,7 @@ def settings_of(stages: Stages) -> dict[Setting, set[str]]:
 
 def finished_results(stages: Stages) -> Iterator[Result]:
     """Yield the results that are complete, and say in the log why others are not."""
-    lock = Path("dvc.lock")
-    entries = read_yaml(lock)["stages"] if lock.exists() else {}
+    entries = read_records()
     for setting, addresses in settings_of(stages).items():
         result = Result(setting, {address: entries[address] for address in sorted(addresses & entries.keys())})
         try:

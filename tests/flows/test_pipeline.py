@@ -103,7 +103,7 @@ class Server:
         # Nothing of the Prefect of whoever runs the tests.
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
         home = {"PREFECT_HOME": str(folder / ".prefect"), "PREFECT_API_URL": self.api}
-        self.environment = {**inherited, **flows.TELEMETRY_OFF, **home, "PATH": module.environment()["PATH"]}
+        self.environment = {**inherited, **flows.TELEMETRY_OFF, **home, "PATH": module.environment()["PATH"], "PERMLLM_FOLDER": str(Path.cwd())}
 
     def start(self, *arguments: str) -> None:
         with (self.folder / f"{arguments[0]}.log").open("w") as log:
@@ -184,6 +184,15 @@ def test_a_failure_blocks_what_depends_on_it_and_nothing_else(project: Path, pre
     assert rows["report"]["reason"] == "needs prune@a-wanda"
 
 
+def test_what_a_failed_stage_had_made_before_is_put_back(project: Path, prefect: None):
+    pipeline(targets=["prune"])
+    before = Path("data/prune/a/wanda").read_text()
+    set_params(methods={"wanda": "fail"})
+    with pytest.raises(PipelineFailed, match="failed: prune@a-wanda"):
+        pipeline(targets=["prune"])
+    assert Path("data/prune/a/wanda").read_text() == before
+
+
 def test_a_stage_that_another_process_runs_is_tried_again(project: Path, prefect: None, caplog: pytest.LogCaptureFixture):
     set_params(models={"a": "sleep 3"})
     other = subprocess.Popen([sys.executable, "-m", "dvc", "repro", "--quiet", "calibrate@a"], env=module.environment())
@@ -239,8 +248,8 @@ def test_the_command_refuses_unknown_names_before_anything_runs(project: Path):
 
 
 def test_the_deployment_turns_off_the_telemetry_of_all_tools(repository: Path):
-    (deployment,) = yaml.safe_load((repository / "prefect.yaml").read_text())["deployments"]
-    assert deployment["work_pool"]["job_variables"]["env"] == flows.TELEMETRY_OFF
+    for deployment in yaml.safe_load((repository / "prefect.yaml").read_text())["deployments"]:
+        assert deployment["work_pool"]["job_variables"]["env"] == flows.TELEMETRY_OFF
 
 
 @pytest.mark.slow
@@ -252,7 +261,7 @@ def test_a_worker_completes_the_deployed_pipeline(project: Path, server: Server,
     server.start("worker", "start", "--pool", "gpu", "--limit", "1")
     server.call("deployment", "run", "pipeline/default", "--param", 'methods=["wanda"]', "--watch", "--watch-timeout", "120")
 
-    (deployment,) = server.find("deployments")
+    (deployment,) = (deployment for deployment in server.find("deployments") if deployment["entrypoint"] == "flows/pipeline.py:pipeline")
     assert [schedule["schedule"]["cron"] for schedule in deployment["schedules"]] == ["0 2 * * *"]
     (run,) = (run for run in server.find("flow_runs", deployments=deployment["id"]) if run["state_type"] != "SCHEDULED")
     assert run["state_type"] == "COMPLETED"
