@@ -5,14 +5,12 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from urllib.request import Request, urlopen
 
 import psutil
 import pytest
@@ -91,64 +89,11 @@ def wait_until(condition: Callable[[], object], seconds: float = 60) -> None:
         time.sleep(0.1)
 
 
-class Server:
-    """A Prefect server and a worker with a home of their own, started as the README says."""
-
-    def __init__(self, folder: Path) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        self.api = f"http://127.0.0.1:{self.port}/api"
-        self.folder, self.started = folder, []
-        # Nothing of the Prefect of whoever runs the tests.
-        inherited = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
-        home = {"PREFECT_HOME": str(folder / ".prefect"), "PREFECT_API_URL": self.api}
-        self.environment = {**inherited, **flows.TELEMETRY_OFF, **home, "PATH": module.environment()["PATH"], "PERMLLM_FOLDER": str(Path.cwd())}
-
-    def start(self, *arguments: str) -> None:
-        with (self.folder / f"{arguments[0]}.log").open("w") as log:
-            self.started.append(psutil.Popen([sys.executable, "-m", "prefect", *arguments], env=self.environment, stdout=log, stderr=log))
-
-    def call(self, *arguments: str) -> None:
-        done = subprocess.run([sys.executable, "-m", "prefect", *arguments], env=self.environment, capture_output=True, text=True, timeout=150)
-        assert done.returncode == 0, done.stdout + done.stderr
-
-    def find(self, what: str, **of: Any) -> list[dict[str, Any]]:
-        """Return the records of a kind; `of` names the flow run or the deployment that they belong to."""
-        query = {owner: {"id": {"any_": [number]}} for owner, number in of.items()}
-        request = Request(f"{self.api}/{what}/filter", data=json.dumps(query).encode(), headers={"Content-Type": "application/json"})
-        return json.load(urlopen(request, timeout=30))
-
-    def is_healthy(self) -> bool:
-        with socket.socket() as probe:
-            return probe.connect_ex(("127.0.0.1", self.port)) == 0 and json.load(urlopen(f"{self.api}/health", timeout=30))
-
-    def stop(self) -> None:
-        """End what was started, with all descendants: a worker waits for its run, and leaves it behind when killed."""
-        processes = [descendant for process in self.started if process.is_running() for descendant in (*process.children(recursive=True), process)]
-        for process in processes:
-            process.send_signal(signal.SIGTERM)
-        for process in psutil.wait_procs(processes, timeout=20)[1]:
-            process.kill()
-
-
 @pytest.fixture(scope="module")
 def prefect() -> Iterator[None]:
     """A Prefect of its own for the flows in this process."""
     with prefect_test_harness(server_startup_timeout=120):
         yield
-
-
-@pytest.fixture
-def server(tmp_path: Path, project: Path) -> Iterator[Server]:
-    """A running server, and the folder of the project entered."""
-    running = Server(tmp_path)
-    try:
-        running.start("server", "start", "--host", "127.0.0.1", "--port", str(running.port))
-        wait_until(running.is_healthy)
-        yield running
-    finally:
-        running.stop()
 
 
 def set_params(models: dict[str, str] | None = None, methods: dict[str, str] | None = None, run: dict[str, list[str]] | None = None) -> None:
@@ -253,12 +198,12 @@ def test_the_deployment_turns_off_the_telemetry_of_all_tools(repository: Path):
 
 
 @pytest.mark.slow
-def test_a_worker_completes_the_deployed_pipeline(project: Path, server: Server, repository: Path):
+def test_a_worker_completes_the_deployed_pipeline(project: Path, server: Any, repository: Path):
     Path("flows").symlink_to(repository / "flows")
     shutil.copy(repository / "prefect.yaml", project)
     server.call("work-pool", "create", "gpu", "--type", "process")
     server.call("--no-prompt", "deploy", "--all")
-    server.start("worker", "start", "--pool", "gpu", "--limit", "1")
+    server.start("worker", "prefect", "worker", "start", "--pool", "gpu", "--limit", "1", folder=project)
     server.call("deployment", "run", "pipeline/default", "--param", 'methods=["wanda"]', "--watch", "--watch-timeout", "120")
 
     (deployment,) = (deployment for deployment in server.find("deployments") if deployment["entrypoint"] == "flows/pipeline.py:pipeline")
