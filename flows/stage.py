@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 from flows.paths import Setting
-from flows.processes import die_with_parent
+from flows.processes import die_with_dvc
 from permllm.artifacts import write_json
 from permllm.params import Params
 
@@ -27,7 +27,7 @@ def run_stage(name: str, stage: StageFunction, arguments: tuple[str, ...], argv:
         name: of the stage; the same word in params.yaml, dvc.yaml and below data/.
         arguments: which of model, pattern and method the command takes.
     """
-    die_with_parent()  # a killed `dvc` must not leave a stage on the GPU
+    die_with_dvc()  # a killed `dvc` must not leave a stage on the GPU
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
     for noisy in ("httpx", "datasets", "lm_eval"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
