@@ -87,5 +87,7 @@ def test_a_part_is_all_that_only_its_setting_needs_after_what_several_need(stage
 def test_the_parts_of_the_project_do_every_stage_of_a_setting_once(repository: Path):
     stages = read_stages(repository)
     divided = parts(stages)
-    done = [address for target, before in divided.items() for address in needs_of(stages, target).difference(*(needs_of(stages, each) for each in before))]
+    done = [
+        address for target, before in divided.items() for address in needs_of(stages, target).difference(*(needs_of(stages, each) for each in before))
+    ]
     assert sorted(done) == sorted(address for address, stage in stages.items() if stage.setting != Setting())

@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-import os
+import re
 import shutil
 import signal
 import subprocess
@@ -102,6 +102,12 @@ def set_params(models: dict[str, str] | None = None, methods: dict[str, str] | N
     Path("params.yaml").write_text(yaml.safe_dump({section: {**PARAMS[section], **(change or {})} for section, change in changes.items()}))
 
 
+def two_clones(folder: Path) -> Path:
+    """Give the project a remote, in a folder that is not there yet, and return a copy of it."""
+    subprocess.run([sys.executable, "-m", "dvc", "remote", "add", "--quiet", "shared", str(folder / "remote")], check=True)
+    return shutil.copytree(folder / "project", folder / "clone")
+
+
 def states(rows: list[dict[str, Any]]) -> dict[str, str]:
     return {row["stage"]: row["state"] for row in rows}
 
@@ -148,6 +154,52 @@ def test_a_stage_that_another_process_runs_is_tried_again(project: Path, prefect
     assert module.BUSY in caplog.text
 
 
+def test_the_lock_of_a_dvc_that_was_killed_is_taken_over(project: Path, prefect: None, caplog: pytest.LogCaptureFixture):
+    set_params(models={"a": "sleep 600"})
+    dead = psutil.Popen([sys.executable, "-m", "dvc", "repro", "--quiet", "calibrate@a"], env=module.environment())
+    wait_until(lambda: any("stage.py" in process.cmdline() for process in dead.children(recursive=True)))
+    for process in (*dead.children(recursive=True), dead):
+        process.kill()
+    dead.wait()
+    assert str(dead.pid) in Path(".dvc/tmp/rwlock").read_text()
+    set_params()
+    assert states(pipeline(targets=["calibrate"]))["calibrate@a"] == "ran"
+    assert f"(Pid {dead.pid}), in RWLock-file 'data/calibrate/a' had been killed" in caplog.text
+
+
+def test_clones_restore_what_others_pushed_to_their_remote(project: Path, prefect: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    clone = two_clones(tmp_path)
+    (tmp_path / "remote").mkdir()
+    assert set(states(pipeline(targets=["prune"], remote="shared")).values()) == {"ran"}
+    monkeypatch.chdir(clone)
+    rows = states(pipeline(targets=["prune"], remote="shared"))
+    assert rows == {"calibrate@a": "restored", "prune@a-wanda": "restored", "prune@a-ria+cp": "restored", "track": "ran"}
+    assert Path("data/prune/a/wanda").read_text() == (project / "data/prune/a/wanda").read_text()
+
+
+def test_without_its_remote_work_goes_on_and_one_command_pushes_the_results_later(
+    project: Path, prefect: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    clone = two_clones(tmp_path)
+    assert states(pipeline(targets=["calibrate"], remote="shared"))["calibrate@a"] == "ran"
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING" and "cannot be reached" in record.getMessage()]
+    (tmp_path / "remote").mkdir()
+    (command,) = re.findall("`dvc (push .*)`", "".join(warnings))
+    subprocess.run([sys.executable, "-m", "dvc", *command.split()], check=True)
+    monkeypatch.chdir(clone)
+    assert states(pipeline(targets=["calibrate"], remote="shared"))["calibrate@a"] == "restored"
+
+
+def test_a_record_in_the_remote_without_its_outputs_is_made_again(project: Path, prefect: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    clone = two_clones(tmp_path)
+    (tmp_path / "remote").mkdir()
+    pipeline(targets=["calibrate"], remote="shared")
+    shutil.rmtree(tmp_path / "remote" / "files")  # as a push leaves it that was killed in between
+    monkeypatch.chdir(clone)
+    assert states(pipeline(targets=["calibrate"], remote="shared"))["calibrate@a"] == "ran"
+    assert (tmp_path / "remote" / "files").exists()
+
+
 def test_stages_share_the_gpus_one_at_a_time_on_each(project: Path, prefect: None, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
     set_params(models={"a": "sleep 2", "b": "sleep 2"}, run={"models": ["a", "b"]})
@@ -189,6 +241,8 @@ def test_a_command_finds_this_python_first():
 def test_the_command_refuses_unknown_names_before_anything_runs(project: Path):
     with pytest.raises(SystemExit, match="unknown model 'c': choose one of a"):
         module.main(["--models", "c"])
+    with pytest.raises(SystemExit, match="there is no DVC remote 'shared': `dvc remote add shared URL` adds it"):
+        module.main(["--remote", "shared"])
     assert not Path("data").exists()
 
 
@@ -197,23 +251,64 @@ def test_the_deployment_turns_off_the_telemetry_of_all_tools(repository: Path):
         assert deployment["work_pool"]["job_variables"]["env"] == flows.TELEMETRY_OFF
 
 
-@pytest.mark.slow
-def test_a_worker_completes_the_deployed_pipeline(project: Path, server: Any, repository: Path):
+def start_worker(server: Any, folder: Path) -> psutil.Popen:
+    return server.start(f"worker{len(server.started)}", "prefect", "worker", "start", "--pool", "gpu", "--limit", "1", folder=folder)
+
+
+@pytest.fixture
+def deployed(project: Path, server: Any, repository: Path) -> Any:
+    """A server with the project's deployments."""
     Path("flows").symlink_to(repository / "flows")
     shutil.copy(repository / "prefect.yaml", project)
     server.call("work-pool", "create", "gpu", "--type", "process")
     server.call("--no-prompt", "deploy", "--all")
-    server.start("worker", "prefect", "worker", "start", "--pool", "gpu", "--limit", "1", folder=project)
-    server.call("deployment", "run", "pipeline/default", "--param", 'methods=["wanda"]', "--watch", "--watch-timeout", "120")
+    return server
 
-    (deployment,) = (deployment for deployment in server.find("deployments") if deployment["entrypoint"] == "flows/pipeline.py:pipeline")
+
+@pytest.mark.slow
+def test_a_worker_completes_the_deployed_pipeline(project: Path, deployed: Any):
+    start_worker(deployed, project)
+    deployed.call("deployment", "run", "pipeline/default", "--param", 'methods=["wanda"]', "--watch", "--watch-timeout", "120")
+
+    (deployment,) = (deployment for deployment in deployed.find("deployments") if deployment["entrypoint"] == "flows/pipeline.py:pipeline")
     assert [schedule["schedule"]["cron"] for schedule in deployment["schedules"]] == ["0 2 * * *"]
-    (run,) = (run for run in server.find("flow_runs", deployments=deployment["id"]) if run["state_type"] != "SCHEDULED")
+    (run,) = (run for run in deployed.find("flow_runs", deployments=deployment["id"]) if run["state_type"] != "SCHEDULED")
     assert run["state_type"] == "COMPLETED"
     assert run["parameters"]["methods"] == ["wanda"]
     finished = {"calibrate@a": "Ran", "prune@a-wanda": "Ran", "track": "Ran"}
     # The server takes the states of tasks from events, which arrive late.
-    wait_until(lambda: {task["name"]: task["state_name"] for task in server.find("task_runs", flow_runs=run["id"])} == finished)
-    (artifact,) = server.find("artifacts", flow_runs=run["id"])
+    wait_until(lambda: {task["name"]: task["state_name"] for task in deployed.find("task_runs", flow_runs=run["id"])} == finished)
+    (artifact,) = deployed.find("artifacts", flow_runs=run["id"])
     assert artifact["key"] == "stages"
     assert states(json.loads(artifact["data"])) == {name: state.lower() for name, state in finished.items()}
+
+
+@pytest.mark.slow
+def test_cancelling_a_sweep_ends_the_stages_of_its_workers(project: Path, deployed: Any):
+    set_params(models={"a": "sleep 600"})
+    worker = start_worker(deployed, project)
+    sweep = deployed.start("sweep", "flows.sweep", "--targets", "prune", folder=project)
+    wait_until(lambda: any("stage.py" in process.cmdline() for process in worker.children(recursive=True)))
+    running = worker.children(recursive=True)
+    sweep.send_signal(signal.SIGINT)
+    assert sweep.wait(timeout=30) != 0
+    assert psutil.wait_procs(running, timeout=30)[1] == []
+    wait_until(lambda: {run["name"]: run["state_type"] for run in deployed.find("flow_runs")}["calibrate@a"] == "CANCELLED")
+
+
+@pytest.mark.slow
+def test_what_a_machine_did_that_is_gone_goes_to_another_worker(project: Path, deployed: Any):
+    """Both workers run in one folder, so the second takes over the locks of the first."""
+    set_params(models={"a": "sleep 600"}, methods={"wanda": "fail"})
+    gone = start_worker(deployed, project)
+    sweep = deployed.start("sweep", "flows.sweep", "--targets", "prune", folder=project)
+    wait_until(lambda: any("stage.py" in process.cmdline() for process in gone.children(recursive=True)))
+    for process in (gone, *gone.children(recursive=True)):
+        process.kill()
+    set_params(methods={"wanda": "fail"})
+    start_worker(deployed, project)
+    assert sweep.wait(timeout=200) == 1
+    said = deployed.log("sweep").read_text()
+    assert "calibrate@a goes to another worker: worker ProcessWorker" in said
+    assert "sweep: failed: prune@a-wanda (Failed" in said
+    assert Path("data/prune/a/ria+cp").exists()

@@ -96,9 +96,12 @@ def test_commands_end_when_the_process_that_runs_them_is_killed(environment: dic
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent died")
 @pytest.mark.parametrize("shell", ["exec", "stays"])
 def test_a_stage_ends_when_dvc_is_killed_whether_the_shell_in_between_stays_or_not(environment: dict[str, str], shell: str):
-    stage = "import os, time; from flows.processes import die_with_dvc; die_with_dvc(); print(os.getpid(), file=open('sleeper.pid', 'w')); time.sleep(600)"
+    announce = "print(os.getpid(), file=open('sleeper.pid', 'w'))"
+    stage = f"import os, time; from flows.processes import die_with_dvc; die_with_dvc(); {announce}; time.sleep(600)"
     command = f'{"exec " if shell == "exec" else ""}{sys.executable} -c "{stage}"{"" if shell == "exec" else "; true"}'
-    dvc = subprocess.Popen([sys.executable, "-c", f"import subprocess; subprocess.call(['sh', '-c', {command!r}])"], env={**environment, "DVC_STAGE": "learn"})
+    dvc = subprocess.Popen(
+        [sys.executable, "-c", f"import subprocess; subprocess.call(['sh', '-c', {command!r}])"], env={**environment, "DVC_STAGE": "learn"}
+    )
     process = sleeper()
     time.sleep(0.5)
     assert not is_gone(process)

@@ -14,7 +14,12 @@ import psutil
 import pytest
 import yaml
 
-METHODS = {"magnitude": {"score": "magnitude"}, "wanda": {"score": "wanda"}, "ria": {"score": "ria"}, "wanda+cp": {"score": "wanda", "permutation": "cp"}}
+METHODS = {
+    "magnitude": {"score": "magnitude"},
+    "wanda": {"score": "wanda"},
+    "ria": {"score": "ria"},
+    "wanda+cp": {"score": "wanda", "permutation": "cp"},
+}
 TEXT = {"files": "data/prose/*.txt"}
 MODEL = {
     "source": "data/models/llama",
