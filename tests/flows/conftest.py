@@ -30,10 +30,13 @@ class Server:
             self.port = free.getsockname()[1]
         self.api = f"http://127.0.0.1:{self.port}/api"
         self.home, self.started = home, []
-        # Nothing of the Prefect of whoever runs the tests.
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Nothing of the Prefect of whoever runs the tests."""
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
-        own = {"PREFECT_HOME": str(home / ".prefect"), "PREFECT_API_URL": self.api, "PATH": environment()["PATH"]}
-        self.environment = {**inherited, **flows.TELEMETRY_OFF, **QUICK, **own}
+        own = {"PREFECT_HOME": str(self.home / ".prefect"), "PREFECT_API_URL": self.api, "PATH": environment()["PATH"]}
+        return {**inherited, **flows.TELEMETRY_OFF, **QUICK, **own}
 
     def start(self, name: str, *command: str, folder: Path | None = None) -> psutil.Popen:
         """Start `python -m COMMAND` in a folder, where it finds the folder's own `flows`; its output goes to `NAME.log`."""
@@ -61,25 +64,38 @@ class Server:
         with socket.socket() as probe:
             return probe.connect_ex(("127.0.0.1", self.port)) == 0 and json.load(urlopen(f"{self.api}/health", timeout=30))
 
-    def stop(self) -> None:
-        """End what was started, with all descendants: a worker waits for its run."""
-        processes = [descendant for process in self.started if process.is_running() for descendant in (*process.children(recursive=True), process)]
+    def start_worker(self, folder: Path) -> psutil.Popen:
+        return self.start(f"worker_{folder.name}_{len(self.started)}", "prefect", "worker", "start", "--pool", "gpu", "--limit", "1", folder=folder)
+
+    def stop(self, keep: int = 0) -> None:
+        """End what was started after the first `keep`, with all descendants: a worker waits for its run."""
+        started, self.started = self.started[keep:], self.started[:keep]
+        processes = [descendant for process in started if process.is_running() for descendant in (*process.children(recursive=True), process)]
         for process in processes:
             process.send_signal(signal.SIGTERM)
         for process in psutil.wait_procs(processes, timeout=20)[1]:
             process.kill()
 
 
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[Server]:
-    """A running server."""
-    running = Server(tmp_path)
+@pytest.fixture(scope="session")
+def common_server(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Iterator[Server]:
+    """A running server that knows the project's deployments."""
+    running = Server(tmp_path_factory.mktemp("server"))
     try:
         running.start("server", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(running.port))
         deadline = time.monotonic() + 90
         while not running.is_healthy():
             assert time.monotonic() < deadline, "the server did not start"
             time.sleep(0.1)
+        running.call("work-pool", "create", "gpu", "--type", "process")
+        running.call("--no-prompt", "deploy", "--all", folder=repository)
         yield running
     finally:
         running.stop()
+
+
+@pytest.fixture
+def server(common_server: Server) -> Iterator[Server]:
+    """The running server; what a test starts beside it ends with the test."""
+    yield common_server
+    common_server.stop(keep=1)

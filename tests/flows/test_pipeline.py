@@ -251,64 +251,54 @@ def test_the_deployment_turns_off_the_telemetry_of_all_tools(repository: Path):
         assert deployment["work_pool"]["job_variables"]["env"] == flows.TELEMETRY_OFF
 
 
-def start_worker(server: Any, folder: Path) -> psutil.Popen:
-    return server.start(f"worker{len(server.started)}", "prefect", "worker", "start", "--pool", "gpu", "--limit", "1", folder=folder)
-
-
 @pytest.fixture
-def deployed(project: Path, server: Any, repository: Path) -> Any:
-    """A server with the project's deployments."""
+def worker(project: Path, server: Any, repository: Path) -> psutil.Popen:
+    """A worker in the folder of the project."""
     Path("flows").symlink_to(repository / "flows")
-    shutil.copy(repository / "prefect.yaml", project)
-    server.call("work-pool", "create", "gpu", "--type", "process")
-    server.call("--no-prompt", "deploy", "--all")
-    return server
+    return server.start_worker(project)
 
 
 @pytest.mark.slow
-def test_a_worker_completes_the_deployed_pipeline(project: Path, deployed: Any):
-    start_worker(deployed, project)
-    deployed.call("deployment", "run", "pipeline/default", "--param", 'methods=["wanda"]', "--watch", "--watch-timeout", "120")
+def test_a_worker_completes_the_deployed_pipeline(worker: psutil.Popen, server: Any):
+    server.call("deployment", "run", "pipeline/default", "--param", 'methods=["wanda"]', "--watch", "--watch-timeout", "120")
 
-    (deployment,) = (deployment for deployment in deployed.find("deployments") if deployment["entrypoint"] == "flows/pipeline.py:pipeline")
+    (deployment,) = (deployment for deployment in server.find("deployments") if deployment["entrypoint"] == "flows/pipeline.py:pipeline")
     assert [schedule["schedule"]["cron"] for schedule in deployment["schedules"]] == ["0 2 * * *"]
-    (run,) = (run for run in deployed.find("flow_runs", deployments=deployment["id"]) if run["state_type"] != "SCHEDULED")
+    (run,) = (run for run in server.find("flow_runs", deployments=deployment["id"]) if run["state_type"] != "SCHEDULED")
     assert run["state_type"] == "COMPLETED"
     assert run["parameters"]["methods"] == ["wanda"]
     finished = {"calibrate@a": "Ran", "prune@a-wanda": "Ran", "track": "Ran"}
     # The server takes the states of tasks from events, which arrive late.
-    wait_until(lambda: {task["name"]: task["state_name"] for task in deployed.find("task_runs", flow_runs=run["id"])} == finished)
-    (artifact,) = deployed.find("artifacts", flow_runs=run["id"])
+    wait_until(lambda: {task["name"]: task["state_name"] for task in server.find("task_runs", flow_runs=run["id"])} == finished)
+    (artifact,) = server.find("artifacts", flow_runs=run["id"])
     assert artifact["key"] == "stages"
     assert states(json.loads(artifact["data"])) == {name: state.lower() for name, state in finished.items()}
 
 
 @pytest.mark.slow
-def test_cancelling_a_sweep_ends_the_stages_of_its_workers(project: Path, deployed: Any):
+def test_cancelling_a_sweep_ends_the_stages_of_its_workers(project: Path, worker: psutil.Popen, server: Any):
     set_params(models={"a": "sleep 600"})
-    worker = start_worker(deployed, project)
-    sweep = deployed.start("sweep", "flows.sweep", "--targets", "prune", folder=project)
+    sweep = server.start("sweep", "flows.sweep", "--targets", "prune", folder=project)
     wait_until(lambda: any("stage.py" in process.cmdline() for process in worker.children(recursive=True)))
     running = worker.children(recursive=True)
     sweep.send_signal(signal.SIGINT)
     assert sweep.wait(timeout=30) != 0
     assert psutil.wait_procs(running, timeout=30)[1] == []
-    wait_until(lambda: {run["name"]: run["state_type"] for run in deployed.find("flow_runs")}["calibrate@a"] == "CANCELLED")
+    wait_until(lambda: {run["name"]: run["state_type"] for run in server.find("flow_runs")}["calibrate@a"] == "CANCELLED")
 
 
 @pytest.mark.slow
-def test_what_a_machine_did_that_is_gone_goes_to_another_worker(project: Path, deployed: Any):
+def test_what_a_machine_did_that_is_gone_goes_to_another_worker(project: Path, worker: psutil.Popen, server: Any):
     """Both workers run in one folder, so the second takes over the locks of the first."""
     set_params(models={"a": "sleep 600"}, methods={"wanda": "fail"})
-    gone = start_worker(deployed, project)
-    sweep = deployed.start("sweep", "flows.sweep", "--targets", "prune", folder=project)
-    wait_until(lambda: any("stage.py" in process.cmdline() for process in gone.children(recursive=True)))
-    for process in (gone, *gone.children(recursive=True)):
+    sweep = server.start("sweep", "flows.sweep", "--targets", "prune", folder=project)
+    wait_until(lambda: any("stage.py" in process.cmdline() for process in worker.children(recursive=True)))
+    for process in (worker, *worker.children(recursive=True)):
         process.kill()
     set_params(methods={"wanda": "fail"})
-    start_worker(deployed, project)
+    server.start_worker(project)
     assert sweep.wait(timeout=200) == 1
-    said = deployed.log("sweep").read_text()
+    said = server.log("sweep").read_text()
     assert "calibrate@a goes to another worker: worker ProcessWorker" in said
     assert "sweep: failed: prune@a-wanda (Failed" in said
     assert Path("data/prune/a/ria+cp").exists()
