@@ -25,7 +25,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from prefect.tasks import Task
 
 from flows.graph import Stages, read_records, read_stages, select
-from flows.processes import Commands, die_with_parent
+from flows.processes import Commands, die_with_worker
 from flows.remote import check_remote
 
 BUSY = "is busy, it is being blocked by"  # what DVC says while another process has the stage
@@ -82,8 +82,7 @@ def pipeline(
 
 def run_stages(stages: Stages, remote: str | None, force: bool = False, is_tracked: bool = False) -> list[dict[str, Any]]:
     """Run stages that are out of date inside a flow; arguments, result and errors are those of `pipeline`."""
-    if "PREFECT__WORKER_NAME" in os.environ:
-        die_with_parent()  # a killed worker must not leave this process and its stages behind
+    die_with_worker()  # or its stages would keep the GPU
     if remote:
         check_remote(remote)
     commands = Commands()

@@ -80,6 +80,14 @@ def die_with_dvc() -> None:
             threading.Thread(target=_end_after, args=(int(rest.split()[1]),), daemon=True).start()
 
 
+def die_with_worker() -> None:
+    """End this process when the Prefect worker that started it dies, or died before this call. Only Linux can."""
+    if sys.platform == "linux" and "PREFECT__WORKER_NAME" in os.environ:
+        die_with_parent()
+        if b"prefect" not in Path(f"/proc/{os.getppid()}/cmdline").read_bytes():  # the system gave this process another parent
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
 def _end_after(process: int) -> None:
     """End this process once another has ended."""
     with contextlib.suppress(ProcessLookupError):  # it has

@@ -86,6 +86,7 @@ class Parts:
         live = self._read(state={"type": {"any_": LIVE}}, name={"any_": [target]})
         same = [run for run in live if run.parameters == {"target": target, "remote": self.remote}]
         if same:
+            get_run_logger().info("%s was asked for by another sweep", target)
             self.runs[same[0].id] = target
             return
         run = run_deployment(PART, flow_run_name=target, parameters={"target": target, "remote": self.remote}, timeout=0, as_subflow=False)

@@ -276,11 +276,16 @@ def test_a_worker_completes_the_deployed_pipeline(worker: psutil.Popen, server: 
 
 
 @pytest.mark.slow
-def test_cancelling_a_sweep_ends_the_stages_of_its_workers(project: Path, worker: psutil.Popen, server: Any):
+def test_sweeps_share_parts_and_cancelling_the_one_that_asked_ends_the_stages_of_its_workers(project: Path, worker: psutil.Popen, server: Any):
     set_params(models={"a": "sleep 600"})
     sweep = server.start("sweep", "flows.sweep", "--targets", "prune", folder=project)
     wait_until(lambda: any("stage.py" in process.cmdline() for process in worker.children(recursive=True)))
     running = worker.children(recursive=True)
+    other = server.start("other", "flows.sweep", "--targets", "prune", folder=project)
+    wait_until(lambda: "calibrate@a was asked for by another sweep" in server.log("other").read_text())
+    other.send_signal(signal.SIGINT)
+    assert other.wait(timeout=30) != 0
+    assert all(process.is_running() for process in running)
     sweep.send_signal(signal.SIGINT)
     assert sweep.wait(timeout=30) != 0
     assert psutil.wait_procs(running, timeout=30)[1] == []

@@ -108,3 +108,10 @@ def test_a_stage_ends_when_dvc_is_killed_whether_the_shell_in_between_stays_or_n
     dvc.send_signal(signal.SIGKILL)
     dvc.wait()
     wait_until(lambda: is_gone(process))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent died")
+def test_a_flow_whose_worker_died_before_it_began_ends(environment: dict[str, str]):
+    program = [sys.executable, "-c", "from flows.processes import die_with_worker; die_with_worker()"]
+    assert subprocess.call(program, env=environment) == 0
+    assert subprocess.call(program, env=environment | {"PREFECT__WORKER_NAME": "gone"}) == -signal.SIGTERM
