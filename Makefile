@@ -18,7 +18,7 @@ export MLFLOW_SERVER_ENABLE_JOB_EXECUTION := false
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export PREFECT_HOME ?= $(CURDIR)/.prefect
 
-.PHONY: repro test ablation server deploy worker flow track ui clean
+.PHONY: repro test ablation server deploy worker flow sweep track ui clean
 
 repro: $(BIN)/.ready ## run what is out of date, then print the comparison; MODELS=llama-2-7b runs others than run.models
 	dvc $(if $(MODELS),exp run --set-param 'run.models=[$(MODELS)]',repro)
@@ -31,7 +31,7 @@ test: $(BIN)/.ready ## run the tests
 	pytest $(PYTEST)
 
 # Prefect: a schedule, a log per stage, cancelling. The server and the worker stay in front; `make flow` needs both.
-server worker deploy flow: export PREFECT_API_URL ?= http://127.0.0.1:4200/api
+server worker deploy flow sweep: export PREFECT_API_URL ?= http://127.0.0.1:4200/api
 
 server: $(BIN)/.ready ## start Prefect's server; its UI is at http://127.0.0.1:4200
 	prefect server start --host 127.0.0.1
@@ -40,11 +40,15 @@ deploy: $(BIN)/.ready ## register the deployment of prefect.yaml at the server
 	prefect work-pool inspect gpu > /dev/null 2>&1 || prefect work-pool create gpu --type process
 	prefect --no-prompt deploy --all
 
+worker: export PERMLLM_FOLDER := $(CURDIR)
 worker: deploy ## register the deployment, then run what the server hands out, one run at a time
 	prefect worker start --pool gpu --limit 1
 
 flow: $(BIN)/.ready ## have a worker run the pipeline; FLOW chooses a part, see the README
 	prefect deployment run pipeline/default --watch $(FLOW)
+
+sweep: $(BIN)/.ready ## have all workers run what is out of date, then report here; SWEEP="--remote shared" shares results between clones
+	python -m flows.sweep $(SWEEP)
 
 track: $(BIN)/.ready ## copy finished results to MLflow
 	python -m flows.track

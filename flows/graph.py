@@ -1,5 +1,6 @@
 """The graph of stages, read from DVC: dvc.yaml stays the only place that says what depends on what."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from graphlib import TopologicalSorter
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.paths import Setting
+from permllm.artifacts import read_yaml
 from permllm.lookup import lookup
 
 AXES = ("model", "pattern", "method")
@@ -57,6 +59,26 @@ def read_stages(root: Path = Path()) -> Stages:
         }
         order = TopologicalSorter(needs).static_order()
         return {address: Stage(address, _setting(nodes[address]), tuple(needs[address])) for address in order}
+
+
+def read_records(root: Path = Path()) -> Mapping[str, Any]:
+    """Read from `dvc.lock` what DVC recorded of every stage that has run."""
+    lock = root / "dvc.lock"
+    return read_yaml(lock)["stages"] if lock.exists() else {}
+
+
+def parts(stages: Stages) -> Mapping[str, tuple[str, ...]]:
+    """Divide stages into what workers do at one go: targets, each with the targets that have to end before.
+
+    A part is the last stage of a setting with all that only this setting needs. A stage that several settings need is a part of
+    its own, so that no two workers do it at once. What compares settings, such as `report`, is in none.
+    """
+    of_settings = {address: stage for address, stage in stages.items() if stage.setting != Setting()}
+    needed = {other for stage in of_settings.values() for other in stage.depends_on}
+    last = [address for address in of_settings if address not in needed]
+    uses = Counter(address for end in last for address in needs_of(stages, end))
+    targets = [address for address in of_settings if address in last or uses[address] > 1]
+    return {target: tuple(other for other in targets if other != target and other in needs_of(stages, target)) for target in targets}
 
 
 def _setting(node: Any) -> Setting:

@@ -5,6 +5,7 @@ without a server (`python -m flows.pipeline`), with one, and from the deployment
 """
 
 import argparse
+import logging
 import os
 import sys
 import time
@@ -23,11 +24,13 @@ from prefect.states import Completed
 from prefect.task_runners import ThreadPoolTaskRunner
 from prefect.tasks import Task
 
-from flows.graph import Stages, read_stages, select
-from flows.processes import Commands
+from flows.graph import Stages, read_records, read_stages, select
+from flows.processes import Commands, die_with_worker
+from flows.remote import check_remote
 
 BUSY = "is busy, it is being blocked by"  # what DVC says while another process has the stage
-BUSY_DELAYS = [2, 10, 60]  # seconds before every new try
+BUSY_DELAYS = [2, 5, 15]  # seconds before every new try, the last again and again
+BUSY_TRIES = 10_000  # two days
 SKIPPED = "Stage '{}' didn't change, skipping"
 RESTORED = "Stage '{}' is cached - skipping run, checking out outputs"
 LAST_LINES = 3
@@ -52,6 +55,7 @@ def pipeline(
     methods: list[str] | None = None,
     targets: list[str] | None = None,
     force: bool = False,
+    remote: str | None = None,
 ) -> list[dict[str, Any]]:
     """Run the stages that are out of date, then track the results in MLflow.
 
@@ -64,19 +68,28 @@ def pipeline(
         methods: of `run.methods`; none for all.
         targets: stages, such as `evaluate`, with all that they need; none for all.
         force: run stages that did not change too.
+        remote: of DVC; stages that other clones pushed to it are restored, those that run here are pushed. None shares nothing.
 
     Returns:
         A record per stage: its address, its state (ran, restored, skipped), seconds and the reason of a failure.
 
     Raises:
-        ValueError: if a choice is unknown or leaves nothing; before anything runs.
+        ValueError: if a choice is unknown or leaves nothing, or there is no such remote; before anything runs.
         PipelineFailed: naming what failed and what was blocked.
     """
+    return run_stages(select(read_stages(), models, patterns, methods, targets), remote, force, is_tracked=True)
+
+
+def run_stages(stages: Stages, remote: str | None, force: bool = False, is_tracked: bool = False) -> list[dict[str, Any]]:
+    """Run stages that are out of date inside a flow; arguments, result and errors are those of `pipeline`."""
+    die_with_worker()  # or its stages would keep the GPU
+    if remote:
+        check_remote(remote)
     commands = Commands()
-    stages = select(read_stages(), models, patterns, methods, targets)
     try:
-        futures = _run_all(stages, commands, force)
-        futures["track"] = track.submit(commands)
+        futures = _run_all(stages, commands, remote, force)
+        if is_tracked:
+            futures["track"] = track.submit(commands)
         rows = _rows(stages, futures)
     except BaseException:  # cancelling is none of the ordinary exceptions
         commands.stop()
@@ -88,7 +101,7 @@ def pipeline(
     return rows
 
 
-def _run_all(stages: Stages, commands: Commands, force: bool) -> dict[str, PrefectFuture]:
+def _run_all(stages: Stages, commands: Commands, remote: str | None, force: bool) -> dict[str, PrefectFuture]:
     """Run every stage as soon as all that it depends on has ended and a GPU is free."""
     futures: dict[str, PrefectFuture] = {}
     finished: SimpleQueue[tuple[str, str | None]] = SimpleQueue()
@@ -99,7 +112,8 @@ def _run_all(stages: Stages, commands: Commands, force: bool) -> dict[str, Prefe
         ready += order.get_ready()
         while ready and slots:
             address, gpu = ready.pop(0), slots.pop(0)
-            futures[address] = repro.submit(address, commands, gpu, force, wait_for=[futures[other] for other in stages[address].depends_on])
+            needed = [futures[other] for other in stages[address].depends_on]
+            futures[address] = repro.submit(address, commands, gpu, remote, force, wait_for=needed)
             futures[address].add_done_callback(lambda _, ended=(address, gpu): finished.put(ended))
         address, gpu = finished.get()
         slots.append(gpu)
@@ -116,17 +130,33 @@ def _is_busy(task: Task, run: TaskRun, state: State) -> bool:
     task_run_name="{address}",
     cache_policy=NO_CACHE,
     persist_result=False,
-    retries=len(BUSY_DELAYS),
+    retries=BUSY_TRIES,
     retry_delay_seconds=BUSY_DELAYS,
     retry_condition_fn=_is_busy,
 )
-def repro(address: str, commands: Commands, gpu: str | None, force: bool) -> State:
+def repro(address: str, commands: Commands, gpu: str | None, remote: str | None, force: bool) -> State:
     """Let DVC run a stage, restore its outputs or skip it; the state is named after what it did."""
-    command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item", *(["--force"] if force else []), address]
+    shared = ["flows.remote", remote] if remote else ["dvc", "--wait-for-lock", "repro", "--single-item"]
     started = time.perf_counter()
-    lines = _run(command, commands, gpu)
+    try:
+        lines = _run([sys.executable, "-m", *shared, *(["--force"] if force else []), address], commands, gpu)
+    except StageBusy:
+        raise
+    except CommandFailed:
+        _put_back(address, commands)
+        raise
     outcome = "Skipped" if SKIPPED.format(address) in lines else "Restored" if RESTORED.format(address) in lines else "Ran"
     return Completed(name=outcome, data=time.perf_counter() - started)
+
+
+def _put_back(address: str, commands: Commands) -> None:
+    """Fetch the earlier outputs of a failed stage from DVC's cache; DVC removed them before it ran the stage."""
+    if address not in read_records():
+        return
+    try:
+        _run([sys.executable, "-m", "dvc", "--wait-for-lock", "checkout", "--force", address], commands)
+    except CommandFailed as error:
+        get_run_logger().warning("the earlier outputs of %s are not there: %s", address, error)
 
 
 @task(name="track", task_run_name="track", cache_policy=NO_CACHE, persist_result=False)
@@ -144,7 +174,7 @@ def _run(command: list[str], commands: Commands, gpu: str | None = None) -> list
     def keep(line: str) -> None:
         lines.append(line)
         if line:
-            log.info("%s", line)
+            log.log(logging.WARNING if line.startswith("WARNING:") else logging.INFO, "%s", line)
 
     status = commands.run(command, environment(gpu), keep)
     if status:
@@ -195,17 +225,33 @@ def _publish(rows: list[dict[str, Any]]) -> None:
     get_run_logger().info("stages: %s\n%s", counts, table)
 
 
+def choice_of_stages(parser: argparse.ArgumentParser, argv: list[str] | None) -> dict[str, Any]:
+    """Read the arguments that choose stages and a remote.
+
+    Raises:
+        SystemExit: if a name is unknown; before Prefect takes seconds to start.
+    """
+    for name, example in {"models": "llama-5m", "patterns": "2:4", "methods": "wanda", "targets": "evaluate"}.items():
+        parser.add_argument(f"--{name}", nargs="+", metavar="NAME", help=f"only these, such as {example}")
+    parser.add_argument("--remote", metavar="NAME", help="DVC remote that clones share: restore what others made, push what runs here")
+    choice = vars(parser.parse_args(argv))
+    try:
+        select(read_stages(), *(choice[name] for name in ("models", "patterns", "methods", "targets")))
+        if choice["remote"]:
+            check_remote(choice["remote"])
+    except ValueError as error:
+        sys.exit(f"{parser.prog.rpartition('.')[2]}: {error}")
+    return choice
+
+
 def main(argv: list[str] | None = None) -> None:
     """Run the flow as a command."""
     parser = argparse.ArgumentParser(prog="python -m flows.pipeline", description="Run what is out of date of the pipeline.")
-    for name, example in {"models": "llama-5m", "patterns": "2:4", "methods": "wanda", "targets": "evaluate"}.items():
-        parser.add_argument(f"--{name}", nargs="+", metavar="NAME", help=f"only these, such as {example}")
     parser.add_argument("--force", action="store_true", help="run stages that did not change too")
-    choice = vars(parser.parse_args(argv))
+    choice = choice_of_stages(parser, argv)
     try:
-        select(read_stages(), **{name: value for name, value in choice.items() if name != "force"})  # before Prefect takes seconds to start
         pipeline(**choice)
-    except (ValueError, PipelineFailed) as error:
+    except PipelineFailed as error:
         sys.exit(f"pipeline: {error}")
 
 

@@ -7,11 +7,13 @@ the group when the guard has ended, and the guard ends it when this process dies
 import contextlib
 import ctypes
 import os
+import select
 import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 PR_SET_PDEATHSIG = 1
 
@@ -67,6 +69,30 @@ def die_with_parent() -> None:
     """Ask the kernel to end this process when its parent dies. Only Linux can."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def die_with_dvc() -> None:
+    """End this process when DVC dies that runs it as a stage: DVC starts a shell, and some shells stay in between. Only Linux can."""
+    die_with_parent()
+    if sys.platform == "linux" and "DVC_STAGE" in os.environ:
+        parent, _, rest = Path(f"/proc/{os.getppid()}/stat").read_text().rpartition(")")
+        if parent.endswith("sh"):
+            threading.Thread(target=_end_after, args=(int(rest.split()[1]),), daemon=True).start()
+
+
+def die_with_worker() -> None:
+    """End this process when the Prefect worker that started it dies, or died before this call. Only Linux can."""
+    if sys.platform == "linux" and "PREFECT__WORKER_NAME" in os.environ:
+        die_with_parent()
+        if b"prefect" not in Path(f"/proc/{os.getppid()}/cmdline").read_bytes():  # the system gave this process another parent
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _end_after(process: int) -> None:
+    """End this process once another has ended."""
+    with contextlib.suppress(ProcessLookupError):  # it has
+        select.select([os.pidfd_open(process)], [], [])
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def guard(command: Sequence[str]) -> int:

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from flows.paths import Setting
-from flows.processes import die_with_parent
+from flows.processes import die_with_dvc
 from permllm.artifacts import write_json
 from permllm.batches import logger as batch_logger
 from permllm.params import Params
@@ -34,7 +34,7 @@ def run_stage(name: str, stage: StageFunction, arguments: tuple[str, ...], argv:
         stage: returns what it measured; None in a process that leaves the files to another one.
         arguments: which of model, pattern and method the command takes.
     """
-    die_with_parent()  # a killed `dvc` must not leave a stage on the GPU
+    die_with_dvc()  # a killed `dvc` must not leave a stage on the GPU
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
     for noisy in ("httpx", "datasets", "lm_eval"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
@@ -51,7 +51,7 @@ def run_stage(name: str, stage: StageFunction, arguments: tuple[str, ...], argv:
             seconds = time.perf_counter() - started
             write_json(setting.metrics(name), {**metrics, "seconds": round(seconds, 3)})
     except (ValueError, ArithmeticError, OSError) as error:  # what the user can mend; anything else is ours and keeps its traceback
-        sys.exit(f"permllm {name}: {error}")
+        sys.exit(f"permllm {name}: {error}{_put_back()}")
     logger.info("%s %s: %.1f s", name, setting.title, seconds)
 
 
@@ -89,6 +89,12 @@ class Progress(contextlib.AbstractContextManager):
 
     def __exit__(self, *_: object) -> None:
         self._bar.close()
+
+
+def _put_back() -> str:
+    """Say how to get the earlier outputs again, which DVC removes before it runs a stage."""
+    address = os.environ.get("DVC_STAGE")
+    return f"\n`dvc checkout {address}` puts an earlier result back, if there was one" if address else ""
 
 
 def progress(items: Iterable[Item], what: str, total: int, done: int = 0) -> Iterator[Item]:

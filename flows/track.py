@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.experiment import Experiment, UnreachableError, curve, setting_tags
-from flows.graph import Stages, needs_of, read_stages
+from flows.graph import Stages, needs_of, read_records, read_stages
 from flows.paths import DATA, HISTORY, REPORT, Setting
 from permllm.artifacts import read_yaml, unfinished
 from permllm.report.summary import DENSE
@@ -102,8 +102,7 @@ def settings_of(stages: Stages) -> dict[Setting, set[str]]:
 
 def finished_results(stages: Stages) -> Iterator[Result]:
     """Yield the results that are complete, and say in the log why others are not."""
-    lock = Path("dvc.lock")
-    entries = read_yaml(lock)["stages"] if lock.exists() else {}
+    entries = read_records()
     for setting, addresses in settings_of(stages).items():
         result = Result(setting, {address: entries[address] for address in sorted(addresses & entries.keys())})
         try:

@@ -1,6 +1,7 @@
 """The graph under DVC on a tiny model: nothing runs twice, one change reruns what it touches, a kill loses nothing."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -69,6 +70,11 @@ def write_params(params: dict) -> None:
     Path("params.yaml").write_text(yaml.safe_dump(params))
 
 
+def executed(output: str) -> list[str]:
+    """Return the stages that DVC ran."""
+    return re.findall(r"Running stage '(.*)':", output)
+
+
 def content(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
@@ -77,13 +83,30 @@ def test_a_second_run_executes_nothing(ready):
     assert "Running stage" not in dvc("repro")
 
 
-def test_changing_one_method_reruns_that_method_alone(ready):
+def test_changing_one_method_reruns_that_method_alone_and_changing_it_back_reruns_none(ready):
+    stages = [f"{stage}@tiny-2:4-wanda" for stage in ("prune", "assemble", "evaluate")]
+    undisturbed = content(Path("data/prune/tiny/2:4/wanda"))
     wanda = {**PARAMS["methods"], "wanda": {"score": "ria"}}
     write_params({**PARAMS, "methods": wanda})
-    ran = [line for line in dvc("repro").splitlines() if line.startswith("Running stage")]
+    ran = executed(dvc("repro"))
+    assert content(Path("data/prune/tiny/2:4/wanda")) != undisturbed
     write_params(PARAMS)
-    dvc("repro")
-    assert ran == [f"Running stage '{name}':" for name in ("prune@tiny-2:4-wanda", "assemble@tiny-2:4-wanda", "evaluate@tiny-2:4-wanda", "report")]
+    back = dvc("repro")
+    assert ran == [*stages, "report"]
+    assert executed(back) == ["report"]  # its outputs are in git instead of DVC's cache
+    assert all(f"Stage '{name}' is cached - skipping run" in back for name in stages)
+    assert content(Path("data/prune/tiny/2:4/wanda")) == undisturbed
+
+
+def test_what_a_failed_stage_had_made_before_is_put_back_as_its_message_says(ready):
+    undisturbed = content(Path("data/prune/tiny/2:4/wanda"))
+    write_params({**PARAMS, "methods": {**PARAMS["methods"], "wanda": {"score": "wanda", "permutation": "none"}}})
+    failed = subprocess.run([sys.executable, "-m", "dvc", "repro", "prune@tiny-2:4-wanda"], capture_output=True, text=True, env=ENVIRONMENT)
+    write_params(PARAMS)
+    (command,) = re.findall(r"dvc (checkout .*)`", failed.stderr)
+    assert not Path("data/prune/tiny/2:4/wanda").exists()
+    dvc(*command.split())
+    assert content(Path("data/prune/tiny/2:4/wanda")) == undisturbed
 
 
 def test_learning_that_was_killed_finishes_with_the_same_result_and_leaves_no_orphan(ready):
@@ -96,7 +119,8 @@ def test_learning_that_was_killed_finishes_with_the_same_result_and_leaves_no_or
         time.sleep(0.02)
     run.send_signal(signal.SIGKILL)
     run.wait()
-    assert content(LEARNED) == undisturbed  # what was there is there
+    dvc("checkout", "learn@tiny-2:4-permllm")
+    assert content(LEARNED) == undisturbed  # what was there can be put back
     while is_learning(ready):
         assert time.monotonic() < deadline, "the stage outlived dvc"
         time.sleep(0.05)

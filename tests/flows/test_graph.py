@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.graph import Stage, Stages, needs_of, read_stages, select
+from flows.graph import Stage, Stages, needs_of, parts, read_stages, select
 from flows.paths import Setting
 
 
@@ -73,3 +73,21 @@ def test_unknown_names_are_refused_together_with_the_choices(stages: Stages):
 def test_a_target_that_the_other_choices_leave_nothing_of_is_refused(stages: Stages):
     with pytest.raises(ValueError, match="nothing is left of report, evaluate@a-2:4-ria"):
         select(stages, methods=["wanda"], targets=["prune", "report", "evaluate@a-2:4-ria+cp"])
+
+
+def test_a_part_is_all_that_only_its_setting_needs_after_what_several_need(stages: Stages):
+    chosen = parts(select(stages, models=["a"], patterns=["2:4"]))
+    assert chosen == {
+        "calibrate@a": (),
+        "evaluate@a-2:4-wanda": ("calibrate@a",),
+        "evaluate@a-2:4-ria+cp": ("calibrate@a",),
+    }
+
+
+def test_the_parts_of_the_project_do_every_stage_of_a_setting_once(repository: Path):
+    stages = read_stages(repository)
+    divided = parts(stages)
+    done = [
+        address for target, before in divided.items() for address in needs_of(stages, target).difference(*(needs_of(stages, each) for each in before))
+    ]
+    assert sorted(done) == sorted(address for address, stage in stages.items() if stage.setting != Setting())

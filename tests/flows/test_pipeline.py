@@ -2,17 +2,15 @@
 
 import contextlib
 import json
-import os
+import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from urllib.request import Request, urlopen
 
 import psutil
 import pytest
@@ -91,47 +89,6 @@ def wait_until(condition: Callable[[], object], seconds: float = 60) -> None:
         time.sleep(0.1)
 
 
-class Server:
-    """A Prefect server and a worker with a home of their own, started as the README says."""
-
-    def __init__(self, folder: Path) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        self.api = f"http://127.0.0.1:{self.port}/api"
-        self.folder, self.started = folder, []
-        # Nothing of the Prefect of whoever runs the tests.
-        inherited = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
-        home = {"PREFECT_HOME": str(folder / ".prefect"), "PREFECT_API_URL": self.api}
-        self.environment = {**inherited, **flows.TELEMETRY_OFF, **home, "PATH": module.environment()["PATH"]}
-
-    def start(self, *arguments: str) -> None:
-        with (self.folder / f"{arguments[0]}.log").open("w") as log:
-            self.started.append(psutil.Popen([sys.executable, "-m", "prefect", *arguments], env=self.environment, stdout=log, stderr=log))
-
-    def call(self, *arguments: str) -> None:
-        done = subprocess.run([sys.executable, "-m", "prefect", *arguments], env=self.environment, capture_output=True, text=True, timeout=150)
-        assert done.returncode == 0, done.stdout + done.stderr
-
-    def find(self, what: str, **of: Any) -> list[dict[str, Any]]:
-        """Return the records of a kind; `of` names the flow run or the deployment that they belong to."""
-        query = {owner: {"id": {"any_": [number]}} for owner, number in of.items()}
-        request = Request(f"{self.api}/{what}/filter", data=json.dumps(query).encode(), headers={"Content-Type": "application/json"})
-        return json.load(urlopen(request, timeout=30))
-
-    def is_healthy(self) -> bool:
-        with socket.socket() as probe:
-            return probe.connect_ex(("127.0.0.1", self.port)) == 0 and json.load(urlopen(f"{self.api}/health", timeout=30))
-
-    def stop(self) -> None:
-        """End what was started, with all descendants: a worker waits for its run, and leaves it behind when killed."""
-        processes = [descendant for process in self.started if process.is_running() for descendant in (*process.children(recursive=True), process)]
-        for process in processes:
-            process.send_signal(signal.SIGTERM)
-        for process in psutil.wait_procs(processes, timeout=20)[1]:
-            process.kill()
-
-
 @pytest.fixture(scope="module")
 def prefect() -> Iterator[None]:
     """A Prefect of its own for the flows in this process."""
@@ -139,22 +96,16 @@ def prefect() -> Iterator[None]:
         yield
 
 
-@pytest.fixture
-def server(tmp_path: Path, project: Path) -> Iterator[Server]:
-    """A running server, and the folder of the project entered."""
-    running = Server(tmp_path)
-    try:
-        running.start("server", "start", "--host", "127.0.0.1", "--port", str(running.port))
-        wait_until(running.is_healthy)
-        yield running
-    finally:
-        running.stop()
-
-
 def set_params(models: dict[str, str] | None = None, methods: dict[str, str] | None = None, run: dict[str, list[str]] | None = None) -> None:
     """Write params.yaml; what a stage does follows from the value of its model or method: nothing, `fail` or `sleep SECONDS`."""
     changes = {"run": run, "models": models, "methods": methods}
     Path("params.yaml").write_text(yaml.safe_dump({section: {**PARAMS[section], **(change or {})} for section, change in changes.items()}))
+
+
+def two_clones(folder: Path) -> Path:
+    """Give the project a remote, in a folder that is not there yet, and return a copy of it."""
+    subprocess.run([sys.executable, "-m", "dvc", "remote", "add", "--quiet", "shared", str(folder / "remote")], check=True)
+    return shutil.copytree(folder / "project", folder / "clone")
 
 
 def states(rows: list[dict[str, Any]]) -> dict[str, str]:
@@ -184,6 +135,15 @@ def test_a_failure_blocks_what_depends_on_it_and_nothing_else(project: Path, pre
     assert rows["report"]["reason"] == "needs prune@a-wanda"
 
 
+def test_what_a_failed_stage_had_made_before_is_put_back(project: Path, prefect: None):
+    pipeline(targets=["prune"])
+    before = Path("data/prune/a/wanda").read_text()
+    set_params(methods={"wanda": "fail"})
+    with pytest.raises(PipelineFailed, match="failed: prune@a-wanda"):
+        pipeline(targets=["prune"])
+    assert Path("data/prune/a/wanda").read_text() == before
+
+
 def test_a_stage_that_another_process_runs_is_tried_again(project: Path, prefect: None, caplog: pytest.LogCaptureFixture):
     set_params(models={"a": "sleep 3"})
     other = subprocess.Popen([sys.executable, "-m", "dvc", "repro", "--quiet", "calibrate@a"], env=module.environment())
@@ -192,6 +152,52 @@ def test_a_stage_that_another_process_runs_is_tried_again(project: Path, prefect
     assert other.wait() == 0
     assert states(rows)["calibrate@a"] == "skipped"
     assert module.BUSY in caplog.text
+
+
+def test_the_lock_of_a_dvc_that_was_killed_is_taken_over(project: Path, prefect: None, caplog: pytest.LogCaptureFixture):
+    set_params(models={"a": "sleep 600"})
+    dead = psutil.Popen([sys.executable, "-m", "dvc", "repro", "--quiet", "calibrate@a"], env=module.environment())
+    wait_until(lambda: any("stage.py" in process.cmdline() for process in dead.children(recursive=True)))
+    for process in (*dead.children(recursive=True), dead):
+        process.kill()
+    dead.wait()
+    assert str(dead.pid) in Path(".dvc/tmp/rwlock").read_text()
+    set_params()
+    assert states(pipeline(targets=["calibrate"]))["calibrate@a"] == "ran"
+    assert f"(Pid {dead.pid}), in RWLock-file 'data/calibrate/a' had been killed" in caplog.text
+
+
+def test_clones_restore_what_others_pushed_to_their_remote(project: Path, prefect: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    clone = two_clones(tmp_path)
+    (tmp_path / "remote").mkdir()
+    assert set(states(pipeline(targets=["prune"], remote="shared")).values()) == {"ran"}
+    monkeypatch.chdir(clone)
+    rows = states(pipeline(targets=["prune"], remote="shared"))
+    assert rows == {"calibrate@a": "restored", "prune@a-wanda": "restored", "prune@a-ria+cp": "restored", "track": "ran"}
+    assert Path("data/prune/a/wanda").read_text() == (project / "data/prune/a/wanda").read_text()
+
+
+def test_without_its_remote_work_goes_on_and_one_command_pushes_the_results_later(
+    project: Path, prefect: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    clone = two_clones(tmp_path)
+    assert states(pipeline(targets=["calibrate"], remote="shared"))["calibrate@a"] == "ran"
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING" and "cannot be reached" in record.getMessage()]
+    (tmp_path / "remote").mkdir()
+    (command,) = re.findall("`dvc (push .*)`", "".join(warnings))
+    subprocess.run([sys.executable, "-m", "dvc", *command.split()], check=True)
+    monkeypatch.chdir(clone)
+    assert states(pipeline(targets=["calibrate"], remote="shared"))["calibrate@a"] == "restored"
+
+
+def test_a_record_in_the_remote_without_its_outputs_is_made_again(project: Path, prefect: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    clone = two_clones(tmp_path)
+    (tmp_path / "remote").mkdir()
+    pipeline(targets=["calibrate"], remote="shared")
+    shutil.rmtree(tmp_path / "remote" / "files")  # as a push leaves it that was killed in between
+    monkeypatch.chdir(clone)
+    assert states(pipeline(targets=["calibrate"], remote="shared"))["calibrate@a"] == "ran"
+    assert (tmp_path / "remote" / "files").exists()
 
 
 def test_stages_share_the_gpus_one_at_a_time_on_each(project: Path, prefect: None, monkeypatch: pytest.MonkeyPatch):
@@ -235,24 +241,28 @@ def test_a_command_finds_this_python_first():
 def test_the_command_refuses_unknown_names_before_anything_runs(project: Path):
     with pytest.raises(SystemExit, match="unknown model 'c': choose one of a"):
         module.main(["--models", "c"])
+    with pytest.raises(SystemExit, match="there is no DVC remote 'shared': `dvc remote add shared URL` adds it"):
+        module.main(["--remote", "shared"])
     assert not Path("data").exists()
 
 
 def test_the_deployment_turns_off_the_telemetry_of_all_tools(repository: Path):
-    (deployment,) = yaml.safe_load((repository / "prefect.yaml").read_text())["deployments"]
-    assert deployment["work_pool"]["job_variables"]["env"] == flows.TELEMETRY_OFF
+    for deployment in yaml.safe_load((repository / "prefect.yaml").read_text())["deployments"]:
+        assert deployment["work_pool"]["job_variables"]["env"] == flows.TELEMETRY_OFF
+
+
+@pytest.fixture
+def worker(project: Path, server: Any, repository: Path) -> psutil.Popen:
+    """A worker in the folder of the project."""
+    Path("flows").symlink_to(repository / "flows")
+    return server.start_worker(project)
 
 
 @pytest.mark.slow
-def test_a_worker_completes_the_deployed_pipeline(project: Path, server: Server, repository: Path):
-    Path("flows").symlink_to(repository / "flows")
-    shutil.copy(repository / "prefect.yaml", project)
-    server.call("work-pool", "create", "gpu", "--type", "process")
-    server.call("--no-prompt", "deploy", "--all")
-    server.start("worker", "start", "--pool", "gpu", "--limit", "1")
+def test_a_worker_completes_the_deployed_pipeline(worker: psutil.Popen, server: Any):
     server.call("deployment", "run", "pipeline/default", "--param", 'methods=["wanda"]', "--watch", "--watch-timeout", "120")
 
-    (deployment,) = server.find("deployments")
+    (deployment,) = (deployment for deployment in server.find("deployments") if deployment["entrypoint"] == "flows/pipeline.py:pipeline")
     assert [schedule["schedule"]["cron"] for schedule in deployment["schedules"]] == ["0 2 * * *"]
     (run,) = (run for run in server.find("flow_runs", deployments=deployment["id"]) if run["state_type"] != "SCHEDULED")
     assert run["state_type"] == "COMPLETED"
@@ -263,3 +273,37 @@ def test_a_worker_completes_the_deployed_pipeline(project: Path, server: Server,
     (artifact,) = server.find("artifacts", flow_runs=run["id"])
     assert artifact["key"] == "stages"
     assert states(json.loads(artifact["data"])) == {name: state.lower() for name, state in finished.items()}
+
+
+@pytest.mark.slow
+def test_sweeps_share_parts_and_cancelling_the_one_that_asked_ends_the_stages_of_its_workers(project: Path, worker: psutil.Popen, server: Any):
+    set_params(models={"a": "sleep 600"})
+    sweep = server.start("sweep", "flows.sweep", "--targets", "prune", folder=project)
+    wait_until(lambda: any("stage.py" in process.cmdline() for process in worker.children(recursive=True)))
+    running = worker.children(recursive=True)
+    other = server.start("other", "flows.sweep", "--targets", "prune", folder=project)
+    wait_until(lambda: "calibrate@a was asked for by another sweep" in server.log("other").read_text())
+    other.send_signal(signal.SIGINT)
+    assert other.wait(timeout=30) != 0
+    assert all(process.is_running() for process in running)
+    sweep.send_signal(signal.SIGINT)
+    assert sweep.wait(timeout=30) != 0
+    assert psutil.wait_procs(running, timeout=30)[1] == []
+    wait_until(lambda: {run["name"]: run["state_type"] for run in server.find("flow_runs")}["calibrate@a"] == "CANCELLED")
+
+
+@pytest.mark.slow
+def test_what_a_machine_did_that_is_gone_goes_to_another_worker(project: Path, worker: psutil.Popen, server: Any):
+    """Both workers run in one folder, so the second takes over the locks of the first."""
+    set_params(models={"a": "sleep 600"}, methods={"wanda": "fail"})
+    sweep = server.start("sweep", "flows.sweep", "--targets", "prune", folder=project)
+    wait_until(lambda: any("stage.py" in process.cmdline() for process in worker.children(recursive=True)))
+    for process in (worker, *worker.children(recursive=True)):
+        process.kill()
+    set_params(methods={"wanda": "fail"})
+    server.start_worker(project)
+    assert sweep.wait(timeout=200) == 1
+    said = server.log("sweep").read_text()
+    assert "calibrate@a goes to another worker: worker ProcessWorker" in said
+    assert "sweep: failed: prune@a-wanda (Failed" in said
+    assert Path("data/prune/a/ria+cp").exists()

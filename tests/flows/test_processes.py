@@ -91,3 +91,27 @@ def test_commands_end_when_the_process_that_runs_them_is_killed(environment: dic
     owner.send_signal(signal.SIGKILL)
     owner.wait()
     wait_until(lambda: is_gone(process))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent died")
+@pytest.mark.parametrize("shell", ["exec", "stays"])
+def test_a_stage_ends_when_dvc_is_killed_whether_the_shell_in_between_stays_or_not(environment: dict[str, str], shell: str):
+    announce = "print(os.getpid(), file=open('sleeper.pid', 'w'))"
+    stage = f"import os, time; from flows.processes import die_with_dvc; die_with_dvc(); {announce}; time.sleep(600)"
+    command = f'{"exec " if shell == "exec" else ""}{sys.executable} -c "{stage}"{"" if shell == "exec" else "; true"}'
+    dvc = subprocess.Popen(
+        [sys.executable, "-c", f"import subprocess; subprocess.call(['sh', '-c', {command!r}])"], env={**environment, "DVC_STAGE": "learn"}
+    )
+    process = sleeper()
+    time.sleep(0.5)
+    assert not is_gone(process)
+    dvc.send_signal(signal.SIGKILL)
+    dvc.wait()
+    wait_until(lambda: is_gone(process))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent died")
+def test_a_flow_whose_worker_died_before_it_began_ends(environment: dict[str, str]):
+    program = [sys.executable, "-c", "from flows.processes import die_with_worker; die_with_worker()"]
+    assert subprocess.call(program, env=environment) == 0
+    assert subprocess.call(program, env=environment | {"PREFECT__WORKER_NAME": "gone"}) == -signal.SIGTERM
