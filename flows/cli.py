@@ -3,7 +3,7 @@
 import argparse
 import importlib
 
-STAGES = ("calibrate", "prune", "learn", "assemble", "benchmark", "evaluate", "report", "ablation")
+STAGES = ("calibrate", "prune", "learn", "reconstruct", "assemble", "benchmark", "evaluate", "report", "ablation")
 COMMANDS = ("pack", "unpack", "audit", "kernels")
 
 
@@ -11,7 +11,7 @@ def main() -> None:
     """Run `permllm COMMAND ...`, which is `python -m flows.COMMAND ...`."""
     parser = argparse.ArgumentParser(
         prog="permllm",
-        description="One stage of the pipeline, with the settings of ./params.yaml; or pack, unpack or audit a pruned checkpoint in a folder; or measure kernels.",
+        description="One stage of the pipeline, with the settings of ./params.yaml; or pack, unpack or audit a checkpoint; or measure kernels.",
     )
     parser.add_argument("command", choices=(*STAGES, *COMMANDS))
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="see `permllm COMMAND --help`")

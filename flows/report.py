@@ -17,8 +17,8 @@ from permllm.report.summary import markdown_table, records, summarize
 
 def report(params: Params, setting: Setting) -> dict[str, Any]:
     """Compare all settings of the run."""
-    run = params.run
-    rows = [row for model, pattern in product(run.models, run.patterns) for row in summarize(model, pattern, _metrics(params, model, pattern))]
+    run, updates = params.run, {name: params.method(name).update for name in params.run.methods}
+    rows = [row for model, pattern in product(run.models, run.patterns) for row in summarize(model, pattern, _metrics(params, model, pattern), updates)]
     with replacing_folder(REPORT / "figures") as folder:
         for model in run.models:
             save_figure(perplexity_figure([row for row in rows if row.model == model]), folder / f"perplexity_{model}.png")
@@ -37,8 +37,8 @@ def _metrics(params: Params, model: str, pattern: str) -> dict[str, dict[str, An
     """Return what the stages measured, by method and stage, the dense model first."""
     metrics = {DENSE: {"evaluate": _read(Setting(model, method=DENSE).metrics("evaluate"))}}
     for method in params.run.methods:
-        stages = ("learn" if params.method(method).pruning().is_learned else "prune", "assemble", "evaluate")
-        metrics[method] = {stage: _read(Setting(model, pattern, method).metrics(stage)) for stage in stages}
+        pruned = ("learn", "reconstruct") if params.method(method).pruning().is_learned else ("prune",)
+        metrics[method] = {stage: _read(Setting(model, pattern, method).metrics(stage)) for stage in (*pruned, "assemble", "evaluate")}
     return metrics
 
 

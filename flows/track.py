@@ -22,13 +22,13 @@ from typing import Any
 from flows.experiment import Experiment, UnreachableError, curve, setting_tags
 from flows.graph import Stages, needs_of, read_records, read_stages
 from flows.paths import DATA, HISTORY, REPORT, Setting
-from permllm.artifacts import read_yaml, unfinished
+from permllm.artifacts import unfinished
 from permllm.report.summary import DENSE
 
 METRICS = DATA / "metrics"
 READ = ("metrics", "prune", "learn", "benchmark")  # artifacts that a run is filled from
 KERNELS = ("dense", "masked", "semi_structured")
-PRUNED = ("retained_score", "output_error")  # the stage `learn` prunes too: one name, so that methods compare
+PRUNED = ("retained_score", "output_error")  # the stage `reconstruct` prunes too: one name, so that methods compare
 METRICS_PER_BATCH = 1000
 SOURCES = ("dvc.yaml", "params.yaml", "flows", "permllm")
 TRY_LATER = 75  # EX_TEMPFAIL of sysexits.h
@@ -188,9 +188,10 @@ def _params(result: Result) -> dict[str, Any]:
     recorded = {name: value for entry in result.entries.values() for name, value in entry.get("params", {}).get("params.yaml", {}).items()}
     params = {name.removeprefix(prefix): value for name, value in recorded.items() if name.startswith(prefix)}
     if result.setting.method != DENSE:
-        manifest = _read(result.setting.path("prune") / "manifest.json")
-        stage = "learn" if result.setting.path("learn") in result.outputs else "prune"
-        params |= {**manifest["method_settings"], stage: manifest["settings"], "seed": manifest["seed"]}
+        manifest, learned = _read(result.setting.path("prune") / "manifest.json"), result.setting.path("learn")
+        params |= {**manifest["method_settings"], "prune": manifest["settings"], "seed": manifest["seed"]}
+        if learned in result.outputs:
+            params["learn"] = _read(learned / "manifest.json")["settings"]
     params["machine"] = _latency(result.setting)["machine"]
     return dict(_flat(params))
 

@@ -33,7 +33,7 @@ if TYPE_CHECKING:  # slow to import
 
 SWITCHES = (
     "start", "layout", "logits", "block_size", "block_count", "rank", "objective", "layer_objective", "estimator", "gumbel", "mask_temperature",
-    "optimizer", "norm", "moves", "curvature", "learning_rate", "epochs", "sequences", "batch_size", "precision",
+    "optimizer", "norm", "moves", "curvature", "refit", "learning_rate", "epochs", "sequences", "batch_size", "precision",
 )  # fmt: skip
 
 

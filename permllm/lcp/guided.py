@@ -7,6 +7,8 @@ and f_i the curvature of the loss in output i, averaged over the tokens, the los
 
 which is the error of `permllm.permutation.search` for rows scaled by sqrt(f_i / 2) with another pull. The Gram matrix G
 knows all calibration tokens: it holds back moves that the gradient of a few sequences only seems to want.
+
+With `refit` the loss is that of refitted weights, and a removed weight's change spreads over those that adapt: see `permllm.lcp.refit`.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,11 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from permllm.calibration.statistics import LayerStats
+from permllm.calibration.statistics import ActivationStats, LayerStats
 from permllm.lcp.distributed import ALONE, Ranks, kept_rows
 from permllm.lcp.group_permutations import GroupPermutation
 from permllm.lcp.masked_linear import MaskedLinear
 from permllm.lcp.recipes import LearnConfig
+from permllm.lcp.refit import refit_layers, removal_costs
 from permllm.models.adapter import is_finite
 from permllm.permutation.permutation import Permutation
 from permllm.permutation.search import Moves, Partition, best_moves, random_pairs, ranks, regrouped, single_threaded
@@ -98,7 +101,7 @@ class GuidedGroups:
         weighed: list[list[Tensor]] = [[] for _ in self.shared]  # errors of all candidates and of the groups as they are, summed over members
         for layer, stats in enumerate(statistics):
             for number, member in ((number, member) for number, one in enumerate(self.shared) for member in one.members if member.layer == layer):
-                found = self._partition(member, linears[layer][member.group], stats[member.group].gram, curvature).weigh(pairs[number])
+                found = self._partition(member, linears[layer][member.group], stats[member.group], curvature).weigh(pairs[number])
                 weighed[number] = [sum(both) for both in zip(weighed[number], found, strict=True)] if weighed[number] else list(found)
         weighed = [[self.ranks.sum(errors) for errors in both] for both in weighed]
         moves = [best_moves(*arguments) for arguments in zip(pairs, weighed, strict=True)]
@@ -116,7 +119,9 @@ class GuidedGroups:
             group = self.layers[member.layer][member.group]
             group.start = member.group_order(order, group.start)
 
-    def _partition(self, member: Member, linears: Sequence[MaskedLinear], gram: Tensor, curvature: Mapping[MaskedLinear, Tensor]) -> Partition:
+    def _partition(
+        self, member: Member, linears: Sequence[MaskedLinear], stats: ActivationStats, curvature: Mapping[MaskedLinear, Tensor]
+    ) -> Partition:
         """Return the groups of one member, with the loss as their error, on the rows that this rank keeps."""
         weights = [kept_rows(linear.original.weight) for linear in linears]
         rows = [self.ranks.rows(linear.original.out_features) for linear in linears]
@@ -127,10 +132,18 @@ class GuidedGroups:
         bend = torch.cat([curvature[linear] for linear in linears]) * (self.config.curvature / 2)
         scale = bend.clamp(min=max(float(bend.mean()) * FLATTEST, torch.finfo(torch.float32).tiny)).sqrt()
         scale = torch.cat([own[part] for own, part in zip(scale.split([linear.original.out_features for linear in linears]), rows, strict=True)])
-        gradient = member.take(torch.cat([linear.gradient for linear in linears], dim=1), 0)  # (in, out)
-        weight, pull = member.take(torch.cat(weights), 1).float() * scale[:, None], gradient / (-2 * scale)
-        order = member.own_order(self.layers[member.layer][member.group].start)
-        return Partition(weight, member.take(self._score_ranks[linears[0]], 0).int(), member.take(gram, 0, 1), self.pattern, order, pull)
+        weight, gradient = torch.cat(weights), torch.cat([linear.gradient for linear in linears], dim=1)  # (out, in) and (in, out)
+        order, rank = member.own_order(self.layers[member.layer][member.group].start), member.take(self._score_ranks[linears[0]], 0).int()
+        if not self.config.refit:
+            pull = member.take(gradient, 0) / (-2 * scale)
+            return Partition(member.take(weight, 1).float() * scale[:, None], rank, member.take(stats.gram, 0, 1), self.pattern, order, pull)
+        target, cost, stiffness = removal_costs(weight, gradient, stats)
+        stiffness = member.take(stiffness, 0)
+        partition = Partition(
+            member.take(target, 1) * scale[:, None], rank, stiffness.diag(), self.pattern, order, member.take(cost, 0) / (2 * scale)
+        )
+        partition.pull += stiffness[:, None] * partition.removed  # what is removed now is no part of the cost of removing it
+        return partition
 
 
 def _score_of_rows(score: Score, rows: slice) -> Score:
@@ -178,8 +191,8 @@ class GuidedLearner:
 
     def end_epoch(self, progress: float) -> None:
         """Move."""
-        statistics = (self.statistics[index] for index in self.part)  # read one layer at a time
-        self.groups.regroup(self.linears, statistics, self.curvature, self.config.moves * (1 - progress), self.generator)
+        self.groups.regroup(self.linears, self._statistics(), self.curvature, self.config.moves * (1 - progress), self.generator)
+        self._refit()
         self.start_epoch()
 
     def state(self) -> dict[str, Any]:
@@ -189,6 +202,14 @@ class GuidedLearner:
     def restore(self, state: Mapping[str, Any]) -> None:
         """Take a saved state up."""
         self.groups.set([{name: Permutation(order) for name, order in layer.items()} for layer in state["orders"]])
+        self._refit()
+
+    def _refit(self) -> None:
+        if self.config.refit:
+            refit_layers(self.linears, self._statistics())
+
+    def _statistics(self) -> Iterable[LayerStats]:
+        return (self.statistics[index] for index in self.part)  # read one layer at a time
 
     def _all(self) -> Iterable[MaskedLinear]:
         return (linear for layer in self.linears for group in layer.values() for linear in group)

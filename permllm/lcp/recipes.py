@@ -16,7 +16,7 @@ ESTIMATORS = ("hard", "soft")
 LOGITS = ("identity", "uniform")
 PRECISIONS = ("model", "bfloat16")
 LOGIT_SETTINGS = ("logits", "block_size", "block_count", "rank", "estimator", "gumbel", "learning_rate")  # of no use without logits
-OPTIMIZER_SETTINGS = {"adamw": ("weight_decay",), "scion": ("norm", "radius", "momentum"), "guided": ("moves", "curvature")}
+OPTIMIZER_SETTINGS = {"adamw": ("weight_decay",), "scion": ("norm", "radius", "momentum"), "guided": ("moves", "curvature", "refit")}
 FARTHEST_BLOCK = 4  # a layer's block size may differ by this factor from the one asked for
 
 
@@ -46,6 +46,7 @@ class LearnConfig:
         optimizer: `adamw` or `scion` of the logits, after every batch; or `guided`, which has no logits: once an epoch it
             re-partitions those groups of channels for which the loss's gradient and curvature say that the loss falls most.
         moves: of `guided`, the share of the pairs of groups tried that may move in the first epoch; it falls to 0 linearly.
+        refit: of `guided`, whether the loss is taken after a cheap update of the kept weights, for methods that update them.
         curvature: of `guided`, a factor on the curvature; more is more cautious.
         learning_rate: None for the one published for the score.
         weight_decay: of AdamW.
@@ -83,6 +84,7 @@ class LearnConfig:
     optimizer: str = "adamw"
     moves: float = 0.02
     curvature: float = 6.0
+    refit: bool = False
     learning_rate: float | None = None
     weight_decay: float = 0.1
     norm: str = "spectral"
@@ -121,6 +123,7 @@ class LearnConfig:
                 "layout foldable shares an order between all layers, so they learn together: window and last_layers must be null",
                 self.layout == "foldable" and (self.window, self.last_layers) != (None, None),
             ),
+            ("refit changes all layers together: window and last_layers must be null", self.refit and (self.window, self.last_layers) != (None, None)),
             ("block_size and block_count exclude each other; set one of them to null", None not in (self.block_size, self.block_count)),
             (f"Scion needs a learning_rate up to 1, not {self.learning_rate}", self.optimizer == "scion" and (self.learning_rate or 0) > 1),
             (f"momentum is the share of the new gradient, at most 1, not {self.momentum}", self.momentum > 1),
@@ -206,6 +209,11 @@ RECIPES: dict[str, dict[str, Any]] = {
     "paper": {},
     # The text's own next tokens lower the perplexity, the dense model's keep the answers close to it.
     "best": {"start": "search", "objective": {"kl": 1.0, "cross_entropy": 1.0}, "optimizer": "guided"},
+    # For methods that update the weights: the loss after a cheap update, from the permutation of their score. Such weights
+    # adapt to what is removed, so the curvature of a mask alone would hold back moves that are good.
+    "refit": {
+        "start": "cp", "objective": {"kl": 1.0, "cross_entropy": 1.0}, "optimizer": "guided", "refit": True, "curvature": 1e-3, "moves": 0.2,
+    },
     # arXiv:2601.22980: free cost matrices in 4 groups, soft permutations, cross-entropy and a little layer distillation.
     "amd": {
         "logits": "identity", "block_size": None, "block_count": 4, "estimator": "soft", "mask_temperature": 1.0,

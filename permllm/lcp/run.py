@@ -27,6 +27,7 @@ from permllm.lcp.guided import GuidedGroups, GuidedLearner
 from permllm.lcp.masked_linear import MaskedLinear
 from permllm.lcp.objective import HIDDEN_OBJECTIVES, LOGIT_OBJECTIVES, NextTokens, curvature_probe, needs_logits
 from permllm.lcp.recipes import LearnConfig
+from permllm.lcp.refit import refit_layers
 from permllm.lcp.schedule import linear_temperature
 from permllm.models.adapter import Heads, ModelAdapter, is_finite
 from permllm.models.streaming import LayeredModel
@@ -258,6 +259,8 @@ class Run:
     def _learner(self, linears: list[dict[str, list[MaskedLinear]]]) -> LogitLearner | GuidedLearner:
         if isinstance(self.groups, LearnedGroups):
             return LogitLearner(self.groups, self.config, self.config.rate(self.setup.score), self.total_steps, self.ranks)
+        if self.config.refit:
+            refit_layers(linears, (self.setup.statistics[index] for index in self.part))
         curvature = self._curvature(linears)
         return GuidedLearner(self.groups, linears, self.setup.statistics, self.part, curvature, self.config, self.generator, self.ranks)
 

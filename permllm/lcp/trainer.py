@@ -120,6 +120,8 @@ def _learn(
     pattern.check_widths(widths)
     config.check_widths(widths, pattern)
     ranks.check(config.batch_size, model, adapter)
+    if config.refit and ranks.count > 1:
+        raise ValueError(f"refit needs all rows of a linear, but {ranks.count} processes divide them; set processes to 1")
     training = samples.tokens[samples.training_rows][: config.sequences]
     if config.sequences is not None and config.sequences > len(training):
         raise ValueError(f"sequences is {config.sequences}, but the calibration has {len(training)} that are not held out")

@@ -20,6 +20,7 @@ class Row:
         stage_seconds: the same by stage.
         bytes: of the checkpoint's weight files.
         retained_score: share of the pruning metric's total that the masks keep; None for the dense model.
+        update: how the kept weights got new values; None where they are those of the dense model.
         output_error: ||(W - pruned) X||^2 / ||W X||^2 on the calibration tokens, mean over the linear groups.
     """
 
@@ -34,16 +35,22 @@ class Row:
     bytes: int = 0
     retained_score: float | None = None
     output_error: float | None = None
+    update: str | None = None
 
 
-def summarize(model: str, sparsity: str, metrics: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[Row]:
+def summarize(
+    model: str, sparsity: str, metrics: Mapping[str, Mapping[str, Mapping[str, Any]]], updates: Mapping[str, str | None] | None = None
+) -> list[Row]:
     """Make the rows of one model and pattern.
 
     Args:
         metrics: by method (`dense` first), then by stage, what the stages measured.
+        updates: by method, how it gives the kept weights new values.
     """
     perplexities = {method: stages["evaluate"]["perplexity"] for method, stages in metrics.items()}
-    return [_row(model, sparsity, method, stages, gap_closed(perplexities, method)) for method, stages in metrics.items()]
+    return [
+        _row(model, sparsity, method, stages, gap_closed(perplexities, method), (updates or {}).get(method)) for method, stages in metrics.items()
+    ]
 
 
 def gap_closed(perplexities: Mapping[str, float], method: str) -> float | None:
@@ -58,9 +65,9 @@ def gap_closed(perplexities: Mapping[str, float], method: str) -> float | None:
     return round((perplexities[BASELINE] - perplexities[method]) / gap, 4)
 
 
-def _row(model: str, sparsity: str, method: str, stages: Mapping[str, Mapping[str, Any]], closed: float | None) -> Row:
+def _row(model: str, sparsity: str, method: str, stages: Mapping[str, Mapping[str, Any]], closed: float | None, update: str | None) -> Row:
     evaluated = stages["evaluate"]
-    pruned = stages.get("prune") or stages.get("learn") or {}
+    pruned = stages.get("prune") or stages.get("reconstruct") or {}
     seconds = {stage: round(record["seconds"], 2) for stage, record in stages.items()}
     return Row(
         model=model,
@@ -74,6 +81,7 @@ def _row(model: str, sparsity: str, method: str, stages: Mapping[str, Mapping[st
         bytes=evaluated["bytes"],
         retained_score=pruned.get("retained_score"),
         output_error=pruned.get("output_error"),
+        update=update,
     )
 
 
@@ -92,7 +100,7 @@ def markdown_table(rows: Sequence[Row], free: Mapping[str, str] | None = None) -
     for model, sparsity in dict.fromkeys((row.model, row.sparsity) for row in rows):
         part = [row for row in rows if (row.model, row.sparsity) == (model, sparsity)]
         tasks = list(dict.fromkeys(task for row in part for task in row.zero_shot))
-        head = ["method", "perplexity", "gap closed", *tasks, "output error", "seconds"]
+        head = ["method", "new weights", "perplexity", "gap closed", *tasks, "output error", "seconds"]
         lines = [head, ["---", *["---:"] * (len(head) - 1)], *[_cells(row, tasks) for row in part]]
         tables.append("\n".join([f"**{model}, {sparsity}**", "", *(f"| {' | '.join(line)} |" for line in lines), *_folding_costs(part, free or {})]))
     return "\n\n".join(tables) + "\n"
@@ -113,7 +121,7 @@ def _cells(row: Row, tasks: Sequence[str]) -> list[str]:
     accuracies = [f"{row.zero_shot[task]:.1%}" if task in row.zero_shot else "" for task in tasks]
     closed = "" if row.gap_closed is None else f"{row.gap_closed:.0%}"
     error = "" if row.output_error is None else f"{row.output_error:.3f}"
-    return [row.method, f"{row.perplexity:.2f}", closed, *accuracies, error, f"{row.seconds:.0f}"]
+    return [row.method, row.update or "", f"{row.perplexity:.2f}", closed, *accuracies, error, f"{row.seconds:.0f}"]
 
 
 def latency_table(rows: Sequence[Mapping[str, Any]]) -> str:

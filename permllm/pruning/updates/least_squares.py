@@ -96,16 +96,16 @@ def conjugate_gradients(target: Tensor, gram: Tensor, mask: Tensor, start: Tenso
         residual = ((target - solution).double() @ exact).to(target.dtype).mul_(kept)
         if (residual.norm(dim=1) <= TOLERANCE * scale).all():
             break
-        solution = solution + _descend(lambda direction: (direction @ gram).mul_(kept), residual)
+        solution = solution + descend(lambda direction: (direction @ gram).mul_(kept), residual)
     return solution
 
 
-def _descend(product: Callable[[Tensor], Tensor], residual: Tensor) -> Tensor:
-    """Return the solution of product(x) = residual for every row, from 0, up to `STEP_TOLERANCE`."""
+def descend(product: Callable[[Tensor], Tensor], residual: Tensor, steps: int = MOST_STEPS) -> Tensor:
+    """Return the solution of product(x) = residual for every row, from 0, up to `STEP_TOLERANCE` or after so many steps."""
     solution, direction = torch.zeros_like(residual), residual.clone()
     square = residual.square().sum(1, keepdim=True)
     goal = STEP_TOLERANCE**2 * square
-    for _ in range(MOST_STEPS):
+    for _ in range(steps):
         image = product(direction)
         is_open = square > goal  # a row that has converged stays: dividing by what is left of it would blow up
         step = torch.where(is_open, square / (direction * image).sum(1, keepdim=True), 0.0)
