@@ -15,15 +15,16 @@ from torch.distributed import is_torchelastic_launched
 from flows.paths import HISTORY, Setting
 from flows.prune import open_calibration, pruning_record
 from flows.stage import Progress, run_stage
-from permllm.artifacts import replacing_folder, source_fingerprint
+from permllm.artifacts import need_disk, replacing_folder, source_fingerprint
 from permllm.lcp.distributed import Ranks, joined, open_sharded
 from permllm.lcp.recipes import LearnConfig
 from permllm.lcp.run import State
 from permllm.lcp.trainer import EpochRecord, learn_permutations
+from permllm.models.checkpoint_files import CheckpointFiles
 from permllm.models.loading import ModelSource, load_model
 from permllm.models.streaming import LayeredModel, LoadedModel, StreamedModel
 from permllm.params import Params
-from permllm.pruning.storage import save_orders
+from permllm.pruning.storage import pruning_bytes, save_orders
 from permllm.scratch import Scratch
 from permllm.sparsity.pattern import NMPattern
 
@@ -32,6 +33,7 @@ def learn(params: Params, setting: Setting) -> dict[str, Any] | None:
     """Learn the channel permutations of a model."""
     model_params, method, config = params.model(setting.model), params.method(setting.method), params.learn(setting.model, setting.method)
     pattern, source = NMPattern.parse(setting.pattern), model_params.model_source()
+    need_disk(setting.path("prune"), pruning_bytes(CheckpointFiles.find(source.folder()), method.pruning()))  # of what follows the long run
     if model_params.processes > 1 and not is_torchelastic_launched():
         _start_together(model_params.processes, setting)
     with joined(source.device) as ranks:

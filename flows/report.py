@@ -18,7 +18,9 @@ from permllm.report.summary import markdown_table, records, summarize
 def report(params: Params, setting: Setting) -> dict[str, Any]:
     """Compare all settings of the run."""
     run, updates = params.run, {name: params.method(name).update for name in params.run.methods}
-    rows = [row for model, pattern in product(run.models, run.patterns) for row in summarize(model, pattern, _metrics(params, model, pattern), updates)]
+    rows = [
+        row for model, pattern in product(run.models, run.patterns) for row in summarize(model, pattern, _metrics(params, model, pattern), updates)
+    ]
     with replacing_folder(REPORT / "figures") as folder:
         for model in run.models:
             save_figure(perplexity_figure([row for row in rows if row.model == model]), folder / f"perplexity_{model}.png")

@@ -123,7 +123,10 @@ class LearnConfig:
                 "layout foldable shares an order between all layers, so they learn together: window and last_layers must be null",
                 self.layout == "foldable" and (self.window, self.last_layers) != (None, None),
             ),
-            ("refit changes all layers together: window and last_layers must be null", self.refit and (self.window, self.last_layers) != (None, None)),
+            (
+                "refit changes all layers together: window and last_layers must be null",
+                self.refit and (self.window, self.last_layers) != (None, None),
+            ),
             ("block_size and block_count exclude each other; set one of them to null", None not in (self.block_size, self.block_count)),
             (f"Scion needs a learning_rate up to 1, not {self.learning_rate}", self.optimizer == "scion" and (self.learning_rate or 0) > 1),
             (f"momentum is the share of the new gradient, at most 1, not {self.momentum}", self.momentum > 1),

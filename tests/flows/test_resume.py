@@ -13,7 +13,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from flows import assemble, calibrate, evaluate, learn, prune, stage
+from flows import assemble, calibrate, evaluate, learn, prune, reconstruct, stage
 from permllm import memory
 from permllm.calibration import capture
 from permllm.evaluation import evaluate as evaluation
@@ -171,16 +171,15 @@ def learned(project):
     """What learning leaves when nothing disturbs it, by name; it is removed again."""
     calibrate.main(["--model", "tiny"])
     learn.main(setting("permllm"))
-    expected = {kind: result(kind, "tiny", "2:4", "permllm") for kind in ("learn", "prune")}
-    for kind in expected:
-        shutil.rmtree(Path("data") / kind)
+    expected = result("learn", "tiny", "2:4", "permllm")
+    shutil.rmtree("data/learn")
     return expected
 
 
 def learned_again() -> dict:
     learn.main(setting("permllm"))
     assert not list(Path(".cache/learn").iterdir())
-    return {kind: result(kind, "tiny", "2:4", "permllm") for kind in ("learn", "prune")}
+    return result("learn", "tiny", "2:4", "permllm")
 
 
 def test_learning_that_is_killed_goes_on_with_equal_bytes(learned, monkeypatch):
@@ -189,10 +188,23 @@ def test_learning_that_is_killed_goes_on_with_equal_bytes(learned, monkeypatch):
     assert learned_again() == learned and len(steps) == 2  # of the third epoch
 
 
-def test_learning_that_is_killed_while_it_prunes_does_not_learn_again(learned, monkeypatch):
-    killed_after(2, learn, setting("permllm"))
-    steps, layers = counted(monkeypatch, Run, "_step"), counted(monkeypatch, layerwise, "prune_layer")
-    assert learned_again() == learned and steps == [] and len(layers) == 1
+def test_a_reconstruction_that_is_killed_goes_on_with_equal_bytes(learned, monkeypatch):
+    learn.main(setting("permllm"))
+    reconstruct.main(setting("permllm"))
+    expected = result("prune", "tiny", "2:4", "permllm")
+    shutil.rmtree("data/prune")
+    killed_after(2, reconstruct, setting("permllm"))
+    layers = counted(monkeypatch, layerwise, "prune_layer")
+    reconstruct.main(setting("permllm"))
+    assert result("prune", "tiny", "2:4", "permllm") == expected and len(layers) == 1
+
+
+def test_orders_of_another_calibration_are_refused(learned):
+    learn.main(setting("permllm"))
+    write_params(sequential=False, calibrate={**MODEL["calibrate"], "seed": 1})
+    calibrate.main(["--model", "tiny"])
+    with pytest.raises(SystemExit, match="were learned from another calibration; run the learn stage again"):
+        reconstruct.main(setting("permllm"))
 
 
 def test_learning_that_is_killed_while_it_writes_its_state_leaves_nothing_half_written(learned):

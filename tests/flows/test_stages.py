@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from flows import assemble, benchmark, calibrate, evaluate, learn, prune, report
+from flows import assemble, benchmark, calibrate, evaluate, learn, prune, reconstruct, report
 from permllm.params import Params
 from permllm.sparsity.mask import is_nm_sparse
 from permllm.sparsity.pattern import NMPattern
@@ -24,14 +24,15 @@ PARAMS = {
         "models": ["tiny"],
         "patterns": ["2:4"],
         "one_shot": ["wanda", "sparsegpt+cp", "cp-foldable"],
-        "learned": ["permllm"],
-        "methods": ["wanda", "sparsegpt+cp", "cp-foldable", "permllm"],
+        "learned": ["permllm", "permllm+alps"],
+        "methods": ["wanda", "sparsegpt+cp", "cp-foldable", "permllm", "permllm+alps"],
     },
     "methods": {
         "wanda": {"score": "wanda"},
         "sparsegpt+cp": {"update": "sparsegpt", "permutation": "cp"},
         "cp-foldable": {"score": "wanda", "permutation": "cp", "layout": "foldable"},
         "permllm": {"score": "wanda", "permutation": "lcp", "learn": {"start": "cp"}},
+        "permllm+alps": {"score": "obs", "permutation": "lcp", "update": "alps", "learn": {"recipe": "refit"}},
     },
     "models": {
         "tiny": {
@@ -80,7 +81,9 @@ def test_the_whole_pipeline_runs_on_a_tiny_model(project: Path):
     prune.main(setting("wanda"))
     prune.main(setting("sparsegpt+cp"))
     prune.main(setting("cp-foldable"))
-    learn.main(setting("permllm"))
+    for method in PARAMS["run"]["learned"]:
+        learn.main(setting(method))
+        reconstruct.main(setting(method))
     for method in PARAMS["run"]["methods"]:
         assemble.main(setting(method))
         evaluate.main(setting(method))
@@ -89,7 +92,8 @@ def test_the_whole_pipeline_runs_on_a_tiny_model(project: Path):
     report.main([])
 
     rows = json.loads(Path("data/report/summary.json").read_text())
-    assert [row["method"] for row in rows] == ["dense", "wanda", "sparsegpt+cp", "cp-foldable", "permllm"]
+    assert [row["method"] for row in rows] == ["dense", "wanda", "sparsegpt+cp", "cp-foldable", "permllm", "permllm+alps"]
+    assert [row["update"] for row in rows] == [None, None, "sparsegpt", None, None, "alps"]
     assert all(math.isfinite(row["perplexity"]) and row["seconds"] > 0 and row["bytes"] > 0 for row in rows)
     assert [row["gap_closed"] for row in rows[:2]] == [1.0, 0.0]
     assert {path.name for path in Path("data/report/figures").iterdir()} == {"perplexity_tiny.png", "learning_tiny.png", "masks_tiny_2of4.png"}
@@ -118,8 +122,8 @@ def test_the_whole_pipeline_runs_on_a_tiny_model(project: Path):
         ("methods/wanda", {"scoer": "wanda"}, "methods.wanda.scoer: Unexpected keyword argument"),
         ("run/patterns", ["4:2", "0:4", "a:b"], "4:2 needs 0 < N < M.*0:4 needs 0 < N < M.*'a:b' is not of the form N:M"),
         ("run/patterns", ["3:5"], "multiples of 5, but model.layers.0.self_attn.q_proj has 32.*model.layers.2.mlp.down_proj has 48"),
-        ("models/tiny/learn", {"recipe": "paper", "block_size": 25}, "block_size 25 is not a multiple of the group size of 2:4"),
-        ("models/tiny/learn", {"recipe": "paper", "block_size": 256}, r"model.layers.0.self_attn.q_proj: no block size near 256 divides 32 channels; those that do: 4, 8, 16, 32"),
+        ("methods/permllm/learn", {"recipe": "paper", "block_size": 25}, "block_size 25 is not a multiple of the group size of 2:4"),
+        ("methods/permllm/learn", {"recipe": "paper", "block_size": 256}, r"model.layers.0.self_attn.q_proj: no block size near 256 divides 32 channels; those that do: 4, 8, 16, 32"),
         ("models/tiny/learn/block_sise", 24, "unknown learn setting .block_sise.*did you mean .block_size"),
         ("models/tiny/learn/epochs", 2.5, "epochs: Input should be a valid integer"),
         ("models/tiny/learn/sequences", 9, "sequences is 9, but the calibration has 8 that are not held out"),
@@ -207,5 +211,5 @@ def test_equal_seeds_give_equal_permutations(project: Path):
     results = []
     for _ in range(2):
         learn.main(setting("permllm"))
-        results.append({file.name: file.read_bytes() for file in Path("data/prune/tiny/2:4/permllm").iterdir()})
+        results.append({file.name: file.read_bytes() for file in Path("data/learn/tiny/2:4/permllm").iterdir()})
     assert results[0] == results[1]

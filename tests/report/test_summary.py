@@ -9,7 +9,8 @@ METRICS = {
         "evaluate": {"perplexity": 12.0, "zero_shot": {"rte": {"acc": 0.5}}, "bytes": 10, "seconds": 2.0},
     },
     "permllm": {
-        "learn": {"retained_score": 0.7, "output_error": 0.05, "seconds": 9.0},
+        "learn": {"best_loss": 1.0, "seconds": 9.0},
+        "reconstruct": {"retained_score": 0.7, "output_error": 0.05, "seconds": 1.0},
         "evaluate": {"perplexity": 8.5, "zero_shot": {"rte": {"acc": 0.55}}, "bytes": 10, "seconds": 2.0},
     },
 }
@@ -29,15 +30,15 @@ def test_a_row_gathers_its_stages():
     dense, wanda, permllm = records(summarize("m", "2:4", METRICS))
     assert (dense["gap_closed"], dense["output_error"], dense["seconds"]) == (1.0, None, 2.0)
     assert (wanda["gap_closed"], wanda["retained_score"], wanda["seconds"]) == (0.0, 0.8, 3.0)
-    assert (permllm["gap_closed"], permllm["stage_seconds"]) == (0.5, {"learn": 9.0, "evaluate": 2.0})
+    assert (permllm["gap_closed"], permllm["stage_seconds"]) == (0.5, {"learn": 9.0, "reconstruct": 1.0, "evaluate": 2.0})
     assert permllm["zero_shot"] == {"rte": 0.55}
 
 
 def test_the_table_has_a_line_per_method_below_its_head():
-    table = markdown_table(summarize("m", "2:4", METRICS))
+    table = markdown_table(summarize("m", "2:4", METRICS, {"permllm": "alps"}))
     assert table.splitlines()[0] == "**m, 2:4**"
-    assert table.splitlines()[2] == "| method | perplexity | gap closed | rte | output error | seconds |"
-    assert table.splitlines()[-1] == "| permllm | 8.50 | 50% | 55.0% | 0.050 | 11 |"
+    assert table.splitlines()[2] == "| method | new weights | perplexity | gap closed | rte | output error | seconds |"
+    assert table.splitlines()[-1] == "| permllm | alps | 8.50 | 50% | 55.0% | 0.050 | 12 |"
 
 
 def test_what_folding_costs_follows_the_table():
