@@ -7,8 +7,8 @@ folder need none. The sweep itself is the flow of this file, run where its repor
 import argparse
 import sys
 import time
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
 from graphlib import TopologicalSorter
 from typing import Any
 from uuid import UUID
@@ -18,6 +18,7 @@ from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.filters import DeploymentFilter, FlowRunFilter
 from prefect.client.schemas.objects import FlowRun, StateType, WorkerStatus
 from prefect.deployments import run_deployment
+from prefect.exceptions import ObjectNotFound
 from prefect.settings import PREFECT_API_URL
 from prefect.states import Cancelling, Crashed
 from prefect.task_runners import ThreadPoolTaskRunner
@@ -51,7 +52,7 @@ def sweep(
     Arguments and result are those of the flow `pipeline`.
 
     Raises:
-        ValueError: if a choice is unknown, or there is no such remote; before anything runs.
+        ValueError: if a choice is unknown, there is no such remote, or the server has no deployment of parts; before anything runs.
         PipelineFailed: naming the parts that failed and those that wait for them; all others have run.
     """
     stages = select(read_stages(), models, patterns, methods, targets)
@@ -62,37 +63,35 @@ def sweep(
     return run_stages(stages, remote, is_tracked=True)
 
 
-@dataclass
 class Parts:
     """The parts of a sweep that are on their way at Prefect's server.
 
     Attributes:
-        runs: the run of every part that has not ended, by its id.
-        own: those that this sweep asked for; the others are of another sweep, which it does not cancel.
-        attempts: how often each part was asked for.
+        runs: the part of every run that has not ended, by the run's id.
     """
 
-    client: SyncPrefectClient
-    remote: str | None
-
-    def __post_init__(self) -> None:
+    def __init__(self, client: SyncPrefectClient, remote: str | None) -> None:
         self.runs: dict[UUID, str] = {}
-        self.own: set[UUID] = set()
-        self.attempts: dict[str, int] = {}
-        self.deployment = self.client.read_deployment_by_name(PART)
+        self._client, self._remote = client, remote
+        self._own: set[UUID] = set()  # runs that this sweep asked for; it does not cancel those of others
+        self._attempts: Counter[str] = Counter()
+        try:
+            self._deployment = client.read_deployment_by_name(PART)
+        except ObjectNotFound as error:
+            raise ValueError(f"the server at {client.api_url} does not know {PART} yet: start a worker with `make worker`") from error
 
     def start(self, target: str) -> None:
         """Ask for a run of a part, or join the one that another sweep has asked for."""
         live = self._read(state={"type": {"any_": LIVE}}, name={"any_": [target]})
-        same = [run for run in live if run.parameters == {"target": target, "remote": self.remote}]
+        same = [run for run in live if run.parameters == {"target": target, "remote": self._remote}]
         if same:
             get_run_logger().info("%s was asked for by another sweep", target)
             self.runs[same[0].id] = target
             return
-        run = run_deployment(PART, flow_run_name=target, parameters={"target": target, "remote": self.remote}, timeout=0, as_subflow=False)
-        self.attempts[target] = self.attempts.get(target, 0) + 1
+        run = run_deployment(PART, flow_run_name=target, parameters={"target": target, "remote": self._remote}, timeout=0, as_subflow=False)
+        self._attempts[target] += 1
         self.runs[run.id] = target
-        self.own.add(run.id)
+        self._own.add(run.id)
 
     def ended(self) -> Mapping[str, FlowRun]:
         """Return the parts that have ended since the last call; those whose worker died are started again instead."""
@@ -101,11 +100,11 @@ class Parts:
         for run in self._read(id={"any_": list(self.runs)}) if self.runs else ():
             if run.state.type in (StateType.PENDING, StateType.RUNNING) and run.labels.get("prefect.worker.name") in lost:
                 run.state = Crashed(message=f"worker {run.labels['prefect.worker.name']} is gone")
-                self.client.set_flow_run_state(run.id, run.state, force=True)
+                self._client.set_flow_run_state(run.id, run.state, force=True)
             if not run.state.is_final():
                 continue
             target = self.runs.pop(run.id)
-            if run.state.is_crashed() and self.attempts.get(target, 0) < ATTEMPTS:
+            if run.state.is_crashed() and self._attempts[target] < ATTEMPTS:
                 get_run_logger().warning("%s goes to another worker: %s", target, run.state.message)
                 self.start(target)
             else:
@@ -114,17 +113,17 @@ class Parts:
 
     def cancel(self) -> None:
         """Cancel what this sweep asked for and has not ended."""
-        for run in self.own & self.runs.keys():
-            self.client.set_flow_run_state(run, Cancelling())
+        for run in self._own & self.runs.keys():
+            self._client.set_flow_run_state(run, Cancelling())
 
     def _lost_workers(self) -> set[str]:
         """Return the workers that the server has not heard of for three of their heartbeats."""
-        workers = self.client.read_workers_for_work_pool(self.deployment.work_pool_name)
+        workers = self._client.read_workers_for_work_pool(self._deployment.work_pool_name)
         return {worker.name for worker in workers if worker.status == WorkerStatus.OFFLINE}
 
     def _read(self, **query: Any) -> list[FlowRun]:
-        of_part = DeploymentFilter(id={"any_": [self.deployment.id]})
-        return self.client.read_flow_runs(flow_run_filter=FlowRunFilter(**query), deployment_filter=of_part)
+        of_part = DeploymentFilter(id={"any_": [self._deployment.id]})
+        return self._client.read_flow_runs(flow_run_filter=FlowRunFilter(**query), deployment_filter=of_part)
 
 
 def _run_parts(waiting: Parts, needs: Mapping[str, tuple[str, ...]]) -> None:
@@ -161,7 +160,7 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit("sweep: needs a Prefect server with workers: set PREFECT_API_URL, such as http://127.0.0.1:4200/api")
     try:
         sweep(**choice)
-    except PipelineFailed as error:
+    except (ValueError, PipelineFailed) as error:
         sys.exit(f"sweep: {error}")
 
 

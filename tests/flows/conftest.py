@@ -1,5 +1,6 @@
 """Shared by the tests of the flows: a folder with an MLflow database, a Prefect server with workers as real processes."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -91,9 +92,11 @@ class Server:
         started, self.started = self.started[keep:], self.started[:keep]
         processes = [descendant for process in started if process.is_running() for descendant in (*process.children(recursive=True), process)]
         for process in processes:
-            process.send_signal(signal.SIGTERM)
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(signal.SIGTERM)
         for process in psutil.wait_procs(processes, timeout=20)[1]:
-            process.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
 
 
 @pytest.fixture(scope="session")

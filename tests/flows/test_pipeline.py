@@ -16,11 +16,12 @@ import psutil
 import pytest
 import yaml
 from prefect.artifacts import Artifact
-from prefect.settings import PREFECT_API_URL
+from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.testing.utilities import prefect_test_harness
 
 import flows
 from flows import pipeline as module
+from flows import sweep as sweep_module
 from flows.pipeline import PipelineFailed, pipeline
 
 GRAPH = {
@@ -244,6 +245,11 @@ def test_the_command_refuses_unknown_names_before_anything_runs(project: Path):
     with pytest.raises(SystemExit, match="there is no DVC remote 'shared': `dvc remote add shared URL` adds it"):
         module.main(["--remote", "shared"])
     assert not Path("data").exists()
+
+
+def test_a_sweep_without_a_server_is_refused_before_anything_runs(project: Path):
+    with temporary_settings(restore_defaults={PREFECT_API_URL}), pytest.raises(SystemExit, match="needs a Prefect server with workers"):
+        sweep_module.main([])
 
 
 def test_the_deployment_turns_off_the_telemetry_of_all_tools(repository: Path):
