@@ -308,7 +308,7 @@ def _is_about_space(line: str) -> bool:
     return any(words in line for words in ("No space left", "no space left", "is the disk full?"))
 
 
-def _wait_until(is_so: Callable[[], bool], seconds: float = 120) -> None:
+def _wait_until(is_so: Callable[[], bool], seconds: float = 600) -> None:
     deadline = time.monotonic() + seconds
     while not is_so():
         if time.monotonic() > deadline:
