@@ -308,7 +308,7 @@ def _is_about_space(line: str) -> bool:
     return any(words in line for words in ("No space left", "no space left", "is the disk full?"))
 
 
-def _wait_until(is_so: Callable[[], bool], seconds: float = 120) -> None:
+def _wait_until(is_so: Callable[[], bool], seconds: float = 600) -> None:
     deadline = time.monotonic() + seconds
     while not is_so():
         if time.monotonic() > deadline:
@@ -326,27 +326,33 @@ def _expect_equal(rehearsal: Rehearsal) -> None:
         raise RehearsalError(f"bytes differ: {', '.join(wrong)}")
 
 
-def campaign(repository: Path, kills: int, seed: int, faults: list[str]) -> dict[str, Any]:
-    """Run the campaign, and return its record."""
-    started = time.perf_counter()
-    home = Path.cwd()
+def campaign(repository: Path, kills: int, seed: int, faults: list[str]) -> Iterator[dict[str, Any]]:
+    """Run the campaign, and yield its record whenever a kill or a fault has been added."""
+    started, home = time.perf_counter(), Path.cwd()
+    done: list[Kill] = []
+    outcomes: dict[str, str] = {}
     with TemporaryDirectory(prefix="permllm-faults-") as folder:
         try:
             rehearsal = Rehearsal.prepare(repository, Path(folder).resolve())
-            done = list(kill_often(rehearsal, kills, Random(seed)))
-            outcomes = {}
             for fault in faults:
                 outcomes[fault] = meet(fault, rehearsal, Random(seed))
                 print(f"{fault}: {outcomes[fault]}", flush=True)
+                yield _record(done, outcomes, seed, started)
+            for kill in kill_often(rehearsal, kills, Random(seed)):
+                done.append(kill)
+                yield _record(done, outcomes, seed, started)
         finally:
             os.chdir(home)
+
+
+def _record(done: list[Kill], outcomes: dict[str, str], seed: int, started: float) -> dict[str, Any]:
     return {
         "kills": len(done),
         "lost": sum(bool(kill.lost) for kill in done),
         "wrong": sum(bool(kill.wrong) for kill in done),
         "ran_again_unrecorded": sum(kill.unrecorded for kill in done),
         "killed": dict(sorted(Counter(f"{kill.stage.partition('@')[0]}, {kill.how}" for kill in done).items())),
-        "problems": [*(problem for kill in done for problem in (*kill.lost, *kill.wrong))],
+        "problems": [problem for kill in done for problem in (*kill.lost, *kill.wrong)],
         "faults": outcomes,
         "seed": seed,
         "seconds": round(time.perf_counter() - started),
@@ -357,17 +363,18 @@ def campaign(repository: Path, kills: int, seed: int, faults: list[str]) -> dict
 def main(argv: list[str] | None = None) -> None:
     """Run the fault campaign, and write what came of it."""
     parser = argparse.ArgumentParser(prog="python -m flows.faults", description=main.__doc__)
-    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--kills", type=int, default=100, help="at least 1")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--faults", nargs="*", choices=FAULTS, default=list(FAULTS), metavar="FAULT", help=f"of: {'; '.join(FAULTS)}")
     parser.add_argument("--result", type=Path, default=RESULT)
     chosen = parser.parse_args(argv)
+    root = Path.cwd()  # the campaign works elsewhere
     import torch
 
     torch.set_num_threads(1)  # forks of a process with more of them hang
-    record = campaign(Path.cwd(), chosen.kills, chosen.seed, chosen.faults)
-    given = sys.argv[1:] if argv is None else argv
-    write_json(chosen.result, {**record, "command": " ".join(["python -m flows.faults", *given])})
+    command = " ".join(["python -m flows.faults", *(sys.argv[1:] if argv is None else argv)])
+    for record in campaign(root, chosen.kills, chosen.seed, chosen.faults):
+        write_json(root / chosen.result, {**record, "command": command})
     failed = [fault for fault, outcome in record["faults"].items() if outcome.startswith("failed")]
     print(json.dumps({name: record[name] for name in ("kills", "lost", "wrong")}), f"failed: {', '.join(failed) or 'none'}")
     sys.exit(bool(record["lost"] or record["wrong"] or failed))

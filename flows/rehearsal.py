@@ -4,10 +4,12 @@ The model is a random LLaMA, so that a stage takes about a second. A stage runs 
 has the libraries in memory (a random moment then lies in its work, not in its imports), or as the child of `dvc repro`.
 """
 
+import contextlib
 import importlib
 import json
 import os
 import re
+import select
 import shutil
 import signal
 import subprocess
@@ -257,13 +259,14 @@ class Rehearsal:
         """Kill a stage at a random moment of its work, run it again, and compare."""
         if random.random() < 0.5:  # else the old result is there, and has to stay
             self.remove(stage)
-        before = self.hashes()
+        before, seconds = self.hashes(), self.seconds[stage.address]
         while True:
-            running = self.start(stage)
-            moment = random.uniform(0, self.seconds[stage.address])
-            if running.kill_after(moment):
+            moment = random.uniform(0, seconds)
+            ended = self.start(stage).kill_after(moment)
+            if ended.status == -signal.SIGKILL:
                 break
-            self._expect_equal(stage)  # it was faster than the moment: once more
+            self._expect_equal(stage)
+            seconds = ended.seconds  # it was faster than the moment: once more
         lost, spoiled, kept = self._gone(before, stage), self.spoiled(), parts_kept(stage)
         lost += _done_again(stage, kept, self.run(stage).log)
         return Kill(stage.address, "bare", moment, tuple(lost), (*spoiled, *self.differences()), unrecorded=False)
@@ -279,7 +282,11 @@ class Rehearsal:
             before, lock, started = self.hashes(), Path("dvc.lock").read_text(), time.time_ns()
             running = subprocess.Popen(_dvc(*_repro(stage)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=self.environment)
             moment = random.uniform(0, seconds)
-            time.sleep(moment)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                running.wait(moment)
+                seconds = (time.time_ns() - started) / 1e9  # it was faster than the moment: once more
+                self._expect_equal(stage)
+                continue
             children, how = self._children(stage), random.choice(("dvc", "child"))
             for process in children if how == "child" and children else [running.pid]:
                 os.kill(process, signal.SIGKILL)
@@ -347,11 +354,13 @@ class Running:
     log: Path
     started: float
 
-    def kill_after(self, seconds: float) -> bool:
-        """Kill it after some seconds; return whether it still ran."""
-        time.sleep(max(self.started + seconds - time.perf_counter(), 0))
+    def kill_after(self, seconds: float) -> Ended:
+        """Kill it after some seconds, unless it ends before."""
+        handle = os.pidfd_open(self.process)
+        select.select([handle], [], [], max(self.started + seconds - time.perf_counter(), 0))
+        os.close(handle)
         os.kill(self.process, signal.SIGKILL)  # still ours, even if it has ended: nobody has waited for it
-        return self.wait().status == -signal.SIGKILL
+        return self.wait()
 
     def wait(self) -> Ended:
         """Wait for its end."""
