@@ -36,14 +36,15 @@ FILE_LIMIT_BYTES = 20_000
 RESULTS = 4  # that MLflow gets: three methods and the dense model
 BY_ADDRESS = {stage.address: stage for stage in STAGES}
 CALIBRATE = BY_ADDRESS[f"calibrate@{MODEL}"]
-PRUNE, LEARN, ASSEMBLE, EVALUATE = (
+PRUNE, LEARN, RECONSTRUCT, ASSEMBLE, EVALUATE = (
     next(stage for stage in STAGES if stage.name == name and stage.setting.method in (None, method))
-    for name, method in (("prune", "sparsegpt+cp"), ("learn", "permllm"), ("assemble", "sparsegpt+cp"), ("evaluate", "sparsegpt+cp"))
+    for name, method in (("prune", "sparsegpt+cp"), ("learn", "permllm"), ("reconstruct", "permllm"), ("assemble", "sparsegpt+cp"), ("evaluate", "sparsegpt+cp"))
 )
 SHARDS = {  # a file that is damaged, who made it and who reads it
     "model": (f"data/models/{MODEL}/model-00002-of-00004.safetensors", None, CALIBRATE),
     "calibration": (f"data/calibrate/{MODEL}/layer_001.safetensors", CALIBRATE, PRUNE),
     "calibration, to learn from": (f"data/calibrate/{MODEL}/layer_003.safetensors", CALIBRATE, LEARN),
+    "learned orders": (f"{LEARN.setting.path('learn')}/orders.safetensors", LEARN, RECONSTRUCT),
     "pruned layers": (f"{PRUNE.setting.path('prune')}/layer_002.safetensors", PRUNE, ASSEMBLE),
     "checkpoint": (f"{ASSEMBLE.setting.path('assemble')}/model-00003-of-00004.safetensors", ASSEMBLE, EVALUATE),
 }

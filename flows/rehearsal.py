@@ -88,7 +88,8 @@ def _stages() -> tuple[Stage, ...]:
     return (
         Stage("calibrate", model, "calibrate layer", ("calibrate",)),
         *(Stage("prune", of[method], "prune layer", ("prune",)) for method in ONE_SHOT),
-        *(Stage("learn", of[method], "learn epoch", ("learn", "prune")) for method in LEARNED),
+        *(Stage("learn", of[method], "learn epoch", ("learn",)) for method in LEARNED),
+        *(Stage("reconstruct", of[method], "prune layer", ("prune",)) for method in LEARNED),
         *(Stage("assemble", setting, None, ("assemble",)) for setting in of.values()),
         *(Stage("evaluate", setting, "evaluate task") for setting in of.values()),
     )
@@ -374,9 +375,8 @@ def parts_kept(stage: Stage) -> dict[str, int]:
     home = stage.setting.scratch(stage.name)
     for folder in home.iterdir() if home.is_dir() else ():
         if folder.is_dir():
-            epochs, layers = State.read(folder / "state.pt").epochs, len(Scratch(folder))
-            parts = {"learn epoch": epochs, "prune layer" if stage.name == "learn" else stage.part: layers or len(list(folder.glob("result_*.json")))}
-            found |= {part: number for part, number in parts.items() if number}
+            number = State.read(folder / "state.pt").epochs or len(Scratch(folder)) or len(list(folder.glob("result_*.json")))
+            found |= {stage.part: number} if stage.part and number else {}
     return found
 
 
