@@ -36,9 +36,9 @@ FILE_LIMIT_BYTES = 20_000
 RESULTS = 4  # that MLflow gets: three methods and the dense model
 BY_ADDRESS = {stage.address: stage for stage in STAGES}
 CALIBRATE = BY_ADDRESS[f"calibrate@{MODEL}"]
+METHODS = {"prune": "sparsegpt+cp", "learn": "permllm", "reconstruct": "permllm", "assemble": "sparsegpt+cp", "evaluate": "sparsegpt+cp"}
 PRUNE, LEARN, RECONSTRUCT, ASSEMBLE, EVALUATE = (
-    next(stage for stage in STAGES if stage.name == name and stage.setting.method in (None, method))
-    for name, method in (("prune", "sparsegpt+cp"), ("learn", "permllm"), ("reconstruct", "permllm"), ("assemble", "sparsegpt+cp"), ("evaluate", "sparsegpt+cp"))
+    next(stage for stage in STAGES if stage.name == name and stage.setting.method == method) for name, method in METHODS.items()
 )
 SHARDS = {  # a file that is damaged, who made it and who reads it
     "model": (f"data/models/{MODEL}/model-00002-of-00004.safetensors", None, CALIBRATE),

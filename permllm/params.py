@@ -54,11 +54,12 @@ class MethodParams:
     layout: str = "free"
     update: str | None = None
     seed: int = 0
+    transposable: bool = False
     learn: Mapping[str, Any] = field(default_factory=dict)
 
     def pruning(self) -> PruningMethod:
         """Return the choices as the library takes them."""
-        return PruningMethod(self.score, self.permutation, self.update, self.seed, self.layout)
+        return PruningMethod(self.score, self.permutation, self.update, self.seed, self.layout, self.transposable)
 
 
 @dataclass(frozen=True)

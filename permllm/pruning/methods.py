@@ -1,7 +1,7 @@
 """Pruning one linear group: choose an order of its input channels, then masks, then perhaps new weights."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,16 +17,19 @@ from permllm.pruning.permutations import PERMUTATIONS
 from permllm.pruning.updates.admm import adaptive_admm, admm
 from permllm.pruning.updates.alps import alps
 from permllm.pruning.updates.least_squares import least_squares
+from permllm.pruning.updates.reconstruction import larger_dampings
 from permllm.pruning.updates.sparsegpt import sparsegpt
 from permllm.pruning.updates.swaps import fitted_swaps, swaps
 from permllm.sparsity.mask import nm_mask
 from permllm.sparsity.pattern import NMPattern
+from permllm.sparsity.transposable import transposable_mask
 
 Update = Callable[[Tensor, ActivationStats, NMPattern, Tensor], tuple[Tensor, Tensor]]
 UPDATES: dict[str, Update] = {
     "sparsegpt": sparsegpt, "least_squares": least_squares, "admm": admm, "adaptive_admm": adaptive_admm, "alps": alps,
     "swaps": swaps, "fitted_swaps": fitted_swaps,
 }  # fmt: skip
+MASK_KEEPING_UPDATES = ("least_squares", "admm")  # the others choose masks of their own
 LEARNED_PERMUTATION = "lcp"
 
 
@@ -40,9 +43,10 @@ class PruningMethod:
         seed: of a random permutation and of the search.
         layout: `free`, every linear group its own order, or `foldable`, orders that fold away; see `LAYOUTS`.
         update: what new values the kept weights get: None, or an entry of `UPDATES`, of which some choose the masks too.
+        transposable: whether masks are N:M along the output channels too, so that the backward pass is sparse as well.
 
     Raises:
-        ValueError: if one of the names is unknown.
+        ValueError: if one of the names is unknown, or the update chooses masks that are not transposable.
     """
 
     score: str = "wanda"
@@ -50,6 +54,7 @@ class PruningMethod:
     update: str | None = None
     seed: int = 0
     layout: str = "free"
+    transposable: bool = False
 
     def __post_init__(self) -> None:
         lookup(PRUNING_METRICS, self.score, "score")
@@ -57,6 +62,8 @@ class PruningMethod:
         lookup(LAYOUTS, self.layout, "layout")
         if self.update is not None:
             lookup(UPDATES, self.update, "weight update")
+        if self.transposable and self.update not in (None, *MASK_KEEPING_UPDATES):
+            raise ValueError(f"update {self.update} chooses masks that are not transposable; choose {' or '.join(MASK_KEEPING_UPDATES)}, or none")
 
     @property
     def is_learned(self) -> bool:
@@ -91,12 +98,14 @@ class PrunedGroup:
         linears: by path below the decoder layer.
         retained_score: share of the total score that the masks keep, 0..1.
         output_error: ||(W - pruned) X||^2 / ||W X||^2 over the calibration tokens, all linears together.
+        damping: of the Gram matrix, relative to its mean diagonal, where it took more than the update or the score asks for.
     """
 
     permutation: Permutation
     linears: dict[str, PrunedLinear]
     retained_score: float
     output_error: float
+    damping: float | None = None
 
 
 PrunedLayer = dict[str, PrunedGroup]  # by the name of the linear group
@@ -124,6 +133,19 @@ def prune_group(
     Raises:
         ValueError: if a score is not finite, or a method with learned permutations is given none.
     """
+    with larger_dampings() as dampings:
+        pruned = _prune_group(weights, stats, pattern, method, permutation, generator)
+    return replace(pruned, damping=max(dampings, default=None))
+
+
+def _prune_group(
+    weights: Mapping[str, Tensor],
+    stats: ActivationStats,
+    pattern: NMPattern,
+    method: PruningMethod,
+    permutation: Permutation | None,
+    generator: torch.Generator | None,
+) -> PrunedGroup:
     scores = {path: lookup(PRUNING_METRICS, method.score, "score")(weight, stats).of(weight) for path, weight in weights.items()}
     broken = [path for path, score in scores.items() if not is_finite(score)]
     if broken:
@@ -132,10 +154,12 @@ def prune_group(
         generator = generator or torch.Generator().manual_seed(method.seed)
         permutation = find_permutation(method.permutation, weights, scores, stats, pattern, generator)
     permutation = permutation.canonical(pattern.group)
+    choose = transposable_mask if method.transposable else nm_mask
+    masks = {path: permutation.inverse().apply(choose(permutation.apply(score), pattern)) for path, score in scores.items()}
     if method.update is None:
-        linears = {path: PrunedLinear(_permuted_mask(score, permutation, pattern)) for path, score in scores.items()}
+        linears = {path: PrunedLinear(mask) for path, mask in masks.items()}
     else:
-        linears = _updated(weights, scores, stats, permutation, pattern, lookup(UPDATES, method.update, "weight update"))
+        linears = _updated(weights, masks, stats, permutation, pattern, lookup(UPDATES, method.update, "weight update"))
     kept = sum(float((scores[path] * linear.mask).sum(dtype=torch.float64)) for path, linear in linears.items())
     total = sum(float(score.sum(dtype=torch.float64)) for score in scores.values())
     return PrunedGroup(permutation, linears, kept / total if total else 1.0, _output_error(weights, linears, stats))
@@ -159,18 +183,13 @@ def find_permutation(
     return lookup(PERMUTATIONS, name, "permutation")([Problem(weight, score, stats.gram)], pattern, None, generator)
 
 
-def _permuted_mask(score: Tensor, permutation: Permutation, pattern: NMPattern) -> Tensor:
-    """Choose the mask in the permuted order and return it in the original one."""
-    return permutation.inverse().apply(nm_mask(permutation.apply(score), pattern))
-
-
 def _updated(
-    weights: Mapping[str, Tensor], scores: Mapping[str, Tensor], stats: ActivationStats, permutation: Permutation, pattern: NMPattern, update: Update
+    weights: Mapping[str, Tensor], masks: Mapping[str, Tensor], stats: ActivationStats, permutation: Permutation, pattern: NMPattern, update: Update
 ) -> dict[str, PrunedLinear]:
     """Update all linears together, in the permuted order: they share their factorisations."""
-    weight, score = (permutation.apply(torch.cat([tensor.float() for tensor in tensors.values()])) for tensors in (weights, scores))
+    weight, mask = permutation.apply(torch.cat([weight.float() for weight in weights.values()])), permutation.apply(torch.cat(list(masks.values())))
     gram = permutation.apply(permutation.apply(stats.gram, 0), 1)
-    new_weight, mask = update(weight, ActivationStats(gram, stats.tokens), pattern, nm_mask(score, pattern))
+    new_weight, mask = update(weight, ActivationStats(gram, stats.tokens), pattern, mask)
     rows, back = [len(linear) for linear in weights.values()], permutation.inverse()
     parts = zip(weights, back.apply(mask).split(rows), back.apply(new_weight).split(rows), strict=True)
     return {path: PrunedLinear(mask_part, weight_part) for path, mask_part, weight_part in parts}

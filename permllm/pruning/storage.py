@@ -96,12 +96,7 @@ def save_pruning(
     groups: list[dict[str, Any]] = [] if scratch is None else [scratch.record(index)["groups"] for index in range(len(scratch))]
     for index, layer in enumerate(layers, start=len(groups)):
         tensors = {name: tensor for group in layer.items() for name, tensor in _pack_group(*group)}
-        groups.append(
-            {
-                name: {"linears": list(group.linears), "retained_score": group.retained_score, "output_error": group.output_error}
-                for name, group in layer.items()
-            }
-        )
+        groups.append({name: _record(group) for name, group in layer.items()})
         if scratch is None:
             write_tensors(_layer_file(folder, index), tensors)
             files[layer_name(index)] = sha256(_layer_file(folder, index))
@@ -197,17 +192,22 @@ def _pack_group(name: str, group: PrunedGroup) -> Iterator[tuple[str, Tensor]]:
             yield f"{path}.weight", linear.weight
 
 
-def _unpack_group(tensors: Mapping[str, Tensor], name: str, paths: list[str], retained_score: float, output_error: float) -> PrunedGroup:
+def _record(group: PrunedGroup) -> dict[str, Any]:
+    """Return what the manifest says of a linear group; `damping` where it took more than asked for."""
+    damping = {} if group.damping is None else {"damping": group.damping}
+    return {"linears": list(group.linears), "retained_score": group.retained_score, "output_error": group.output_error, **damping}
+
+
+def _unpack_group(tensors: Mapping[str, Tensor], name: str, record: Mapping[str, Any]) -> PrunedGroup:
     permutation = Permutation(tensors[f"{name}.order"].to(torch.int64))
-    linears = {path: PrunedLinear(unpack_mask(tensors[f"{path}.mask"], len(permutation)), tensors.get(f"{path}.weight")) for path in paths}
-    return PrunedGroup(permutation, linears, retained_score, output_error)
+    masks = {path: unpack_mask(tensors[f"{path}.mask"], len(permutation)) for path in record["linears"]}
+    linears = {path: PrunedLinear(mask, tensors.get(f"{path}.weight")) for path, mask in masks.items()}
+    return PrunedGroup(permutation, linears, record["retained_score"], record["output_error"], record.get("damping"))
 
 
 def _read_layer(file: Path, groups: Mapping[str, Any]) -> PrunedLayer:
     tensors = read_tensors(file)
-    return {
-        name: _unpack_group(tensors, name, record["linears"], record["retained_score"], record["output_error"]) for name, record in groups.items()
-    }
+    return {name: _unpack_group(tensors, name, record) for name, record in groups.items()}
 
 
 def _layer_file(folder: Path, index: int) -> Path:

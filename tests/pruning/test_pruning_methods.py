@@ -223,3 +223,24 @@ def test_a_width_that_the_pattern_does_not_divide_is_refused():
 def test_unknown_choices_list_the_known_ones(settings, message):
     with pytest.raises(ValueError, match=message):
         PruningMethod(**settings)
+
+
+def test_transposable_masks_are_n_of_m_both_ways_in_the_permuted_order():
+    weights, _, stats = group()
+    weights = {"up": weights["up"][:8]}
+    for update in (None, "least_squares"):
+        pruned = prune_group(weights, stats, PATTERN, PruningMethod(permutation="cp", update=update, transposable=True))
+        mask = pruned.permutation.apply(pruned.linears["up"].mask)
+        for one in (mask, mask.t()):
+            assert (one.unflatten(1, (-1, 4)).sum(-1) == 2).all()
+    with pytest.raises(ValueError, match="update alps chooses masks that are not transposable; choose least_squares or admm"):
+        PruningMethod(update="alps", transposable=True)
+
+
+def test_a_damping_that_had_to_grow_is_part_of_the_result():
+    gram = torch.eye(8)
+    gram[0, 1] = gram[1, 0] = 1.05  # indefinite until the damping passes 0.05
+    weight = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+    pruned = prune_group({"a": weight}, ActivationStats(gram, 100), PATTERN, PruningMethod(update="least_squares"))
+    assert pruned.damping == pytest.approx(0.1)
+    assert prune_group({"a": weight}, ActivationStats(torch.eye(8), 100), PATTERN, PruningMethod(update="least_squares")).damping is None

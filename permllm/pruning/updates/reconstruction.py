@@ -6,7 +6,9 @@ Wanda's score. H is that matrix plus damping on its diagonal; a new weight V has
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Self
 
@@ -20,6 +22,20 @@ logger = logging.getLogger(__name__)
 LARGEST_DAMPING = 1.0  # as much as the mean of the diagonal itself: more would no longer be the Gram matrix
 ESCALATION = 10.0  # of a damping that did not suffice
 ROUNDING = 1e-6  # of an error, relative
+
+
+_larger_dampings: ContextVar[list[float] | None] = ContextVar("larger_dampings", default=None)
+
+
+@contextmanager
+def larger_dampings() -> Iterator[list[float]]:
+    """Yield a list that gets every damping that had to be larger than asked for meanwhile."""
+    found: list[float] = []
+    token = _larger_dampings.set(found)
+    try:
+        yield found
+    finally:
+        _larger_dampings.reset(token)
 
 
 def damped(factorise: Callable[[float], Tensor], damping: float) -> tuple[Tensor, float]:
@@ -48,6 +64,8 @@ def damped(factorise: Callable[[float], Tensor], damping: float) -> tuple[Tensor
             tried = larger
         else:
             if tried > damping:
+                if (found := _larger_dampings.get()) is not None:
+                    found.append(tried)
                 logger.warning("factorised the Gram matrix with a damping of %g of its mean diagonal: %g did not suffice", tried, damping)
             return result, tried
 
