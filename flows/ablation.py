@@ -1,21 +1,17 @@
 """Stage `ablation`: what each choice of the recipe is worth. Not part of the default run; resumes row by row."""
 
 import json
-import multiprocessing
 import time
 from collections.abc import Mapping
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from flows.paths import REPORT, Setting
-from flows.processes import die_with_parent
 from flows.prune import open_calibration
-from flows.stage import progress, run_stage
+from flows.stage import run_stage
+from flows.study import side_by_side
 from permllm.ablation import AblationRow, Subject
 from permllm.artifacts import fingerprint, read_tensors, source_fingerprint, write_json, write_tensors
 from permllm.calibration.samples import tokenize
@@ -41,20 +37,10 @@ def ablation(params: Params, setting: Setting) -> dict[str, Any]:
             row.config(params.model(row.model).learn)
     source = source_fingerprint("calibration", "evaluation", "lcp", "permutation", "pruning", "sparsity")
     folders = {name: SCRATCH / fingerprint([source, open_calibration(params, Setting(name)).fingerprint]) for name in {row.model for row in rows}}
-    with ProcessPoolExecutor(
-        study.jobs, multiprocessing.get_context("spawn"), _start_worker, (max(torch.get_num_threads() // study.jobs, 1),)
-    ) as pool:
-        running = {pool.submit(_run, row, folders[row.model]): number for number, row in enumerate(rows)}
-        done = {running[future]: future.result() for future in progress(as_completed(running), "ablation row", len(rows))}
-    records = [done[number] for number in range(len(rows))]
+    records = side_by_side("ablation row", study.jobs, _run, [(row, folders[row.model]) for row in rows])
     write_json(REPORT / "ablation.json", records)
     save_figure(ablation_figure(records), REPORT / "ablation.png")
     return {"rows": len(records)}
-
-
-def _start_worker(threads: int) -> None:
-    die_with_parent()
-    torch.set_num_threads(threads)
 
 
 def _run(row: AblationRow, folder: Path) -> dict[str, Any]:

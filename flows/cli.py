@@ -3,7 +3,7 @@
 import argparse
 import importlib
 
-STAGES = ("calibrate", "prune", "learn", "reconstruct", "assemble", "benchmark", "evaluate", "report", "ablation")
+STAGES = ("calibrate", "prune", "learn", "reconstruct", "assemble", "benchmark", "evaluate", "report", "ablation", "objectives")
 COMMANDS = ("pack", "unpack", "audit", "kernels")
 
 

@@ -20,6 +20,7 @@ from permllm.lookup import lookup
 from permllm.models.adapter import Heads
 from permllm.models.families import adapter_of
 from permllm.models.loading import ModelSource, check_length, load_skeleton
+from permllm.objectives import ObjectiveRows, ObjectivesConfig
 from permllm.pruning.layerwise import PruneConfig, model_weights
 from permllm.pruning.layout import group_widths, shared_orders
 from permllm.pruning.methods import PruningMethod
@@ -111,6 +112,7 @@ class Params:
     methods: Mapping[str, MethodParams]
     models: Mapping[str, ModelParams]
     ablation: AblationConfig = AblationConfig(seeds=())
+    objectives: ObjectivesConfig = ObjectivesConfig()
     budgets: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -218,7 +220,7 @@ class Params:
 
 
 SECTIONS = (
-    AblationConfig, NamedRows, SwitchRows,
+    AblationConfig, NamedRows, SwitchRows, ObjectivesConfig, ObjectiveRows,
     RunParams, MethodParams, ModelParams, CalibrateConfig, PruneConfig, BenchmarkConfig, EvaluateConfig, PerplexityConfig, ZeroShotConfig, TextSource,
 )  # fmt: skip
 

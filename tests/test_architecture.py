@@ -14,7 +14,7 @@ FLOORS = [  # from the bottom up
     ("permllm.lcp",),
     ("permllm.assembly",),
     ("permllm.benchmark", "permllm.evaluation", "permllm.report"),
-    ("permllm.ablation", "permllm.footprint"),
+    ("permllm.ablation", "permllm.objectives", "permllm.footprint"),
     ("permllm.params",),
     ("permllm", "permllm.api"),
     ("flows",),
@@ -28,7 +28,7 @@ NEIGHBOURS = {  # who may know whom on one floor
     ("permllm.sparsity", "permllm.lookup"),
     ("permllm", "permllm.api"),
 }
-STAGES = ("calibrate", "prune", "learn", "assemble", "benchmark", "evaluate", "report", "ablation")
+STAGES = ("calibrate", "prune", "learn", "reconstruct", "assemble", "benchmark", "evaluate", "report", "ablation", "objectives")
 ORCHESTRATORS = {"prefect", "mlflow"}
 
 

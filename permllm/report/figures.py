@@ -70,6 +70,34 @@ def ablation_figure(records: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
+def objectives_figure(records: Sequence[Mapping[str, Any]]) -> Figure:
+    """Draw how much of the gap each permutation closes under each weight update: the mean over seeds, and each seed as a dot.
+
+    Args:
+        records: rows of the study, see `permllm.objectives`.
+    """
+    panels: dict[str, dict[str, dict[str, list[float]]]] = {}
+    for record in records:
+        name = record["objective"] + (f", {record['layout']}" if record["layout"] != "free" else "")
+        panel = panels.setdefault(f"{record['model']}, {record['sparsity']}", {})
+        panel.setdefault(f"update: {record['update']}", {}).setdefault(name, []).append(100 * record["gap_closed"])
+    columns = list(dict.fromkeys(update for panel in panels.values() for update in panel))
+    rows = max(len(names) for panel in panels.values() for names in panel.values())
+    figure = Figure(figsize=(3.1 * len(columns) + 1.6, (0.28 * rows + 0.9) * len(panels)), dpi=DPI, layout="constrained")
+    grid = figure.subplots(len(panels), len(columns), squeeze=False, sharey="row", sharex="col")
+    for line, (title, panel) in zip(grid, panels.items(), strict=True):
+        for axes, update in zip(line, columns, strict=True):
+            for name, closed in panel.get(update, {}).items():
+                axes.barh(name, sum(closed) / len(closed), color=BLUE if "lcp" in name else "#a9c5d6")
+                axes.plot(closed, [name] * len(closed), ".", color=GREY, markersize=4)
+            axes.set_title(f"{title}, {update}", fontsize=8, loc="left")
+            axes.tick_params(labelsize=7)
+            axes.spines[["top", "right"]].set_visible(False)
+        line[0].invert_yaxis()
+    figure.supxlabel("% of the perplexity gap between Wanda and dense that is closed (bar: mean, dots: seeds)", fontsize=8)
+    return figure
+
+
 def speed_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
     """Draw the speed-up over the fastest dense product by the number of tokens, a panel per shape; at 1 nothing is gained.
 

@@ -31,7 +31,7 @@ PARAMS = {
     },
 }
 ENVIRONMENT = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
-LEARNED = Path("data/prune/tiny/2:4/permllm")
+LEARNED = Path("data/learn/tiny/2:4/permllm")
 
 
 @pytest.fixture(scope="module")

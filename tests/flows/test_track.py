@@ -21,7 +21,7 @@ from flows.track import track
 from permllm.artifacts import unfinished
 
 MODEL, PATTERN = "tiny", "2:4"
-METHODS = {"wanda": "prune", "permllm": "learn"}  # and the stage that prunes with it
+METHODS = {"wanda": ("prune",), "permllm": ("learn", "reconstruct")}  # and the stages that prune with it
 
 
 def address(stage: str, *key: str) -> str:
@@ -36,9 +36,10 @@ STAGES: Stages = {
         Stage(address("evaluate_dense"), Setting(MODEL)),
         *(
             Stage(address(stage, PATTERN, method), Setting(MODEL, PATTERN, method), needs)
-            for method, pruned_by in METHODS.items()
+            for method, (*before, pruned_by) in METHODS.items()
             for stage, needs in (
-                (pruned_by, (address("calibrate"),)),
+                *((stage, (address("calibrate"),)) for stage in before),
+                (pruned_by, (address("calibrate"), *(address(stage, PATTERN, method) for stage in before))),
                 ("assemble", (address(pruned_by, PATTERN, method),)),
                 ("evaluate", (address("assemble", PATTERN, method),)),
             )
@@ -57,8 +58,8 @@ class Pipeline:
         name = stage.removesuffix("_dense")
         metrics = Setting(MODEL, *key).metrics(name) if stage == name else Setting(MODEL, method="dense").metrics(name)
         outs = [{"path": str(metrics), "md5": write(metrics, {"seconds": 1.5, **(measured or {})})}]
-        for path, content in (files or {}).items():
-            outs.append({"path": str(Path(path).parent), "md5": f"{write(Path(path), content)}.dir"})
+        folders = {str(Path(path).parent): f"{write(Path(path), content)}.dir" for path, content in (files or {}).items()}
+        outs += [{"path": path, "md5": md5} for path, md5 in folders.items()]
         needed = [out for other in STAGES[address(stage, *key)].depends_on for out in self.entries[other]["outs"]]
         deps = [out for out in needed if "metrics" not in out["path"]]
         self.entries[address(stage, *key)] = {"cmd": stage, "deps": deps, "params": {"params.yaml": params or {}}, "outs": outs}
@@ -68,13 +69,15 @@ class Pipeline:
         Path("dvc.lock").write_text(yaml.safe_dump({"schema": "2.0", "stages": self.entries}))
 
     def run_method(self, method: str, perplexity: float, weights: str = "first", seconds: float = 1.5) -> None:
-        stage, key = METHODS[method], (PATTERN, method)
+        (*before, stage), key = METHODS[method], (PATTERN, method)
         quality = {"retained_score": 0.7, "output_error": 0.1, "seconds": seconds}
-        manifest = {"method_settings": {"score": "wanda", "permutation": "identity"}, "settings": {"epochs": 2}, "seed": 5, "weights": weights}
+        manifest = {"method_settings": {"score": "wanda", "permutation": "identity"}, "settings": {"sequential": False}, "seed": 5, "weights": weights}
         files = {f"data/prune/{MODEL}/{PATTERN}/{method}/manifest.json": manifest}
-        if stage == "learn":
+        if before:
             history = [{"epoch": 0, "training_loss": None, "held_out_loss": 0.5}, {"epoch": 1, "training_loss": 0.4, "held_out_loss": 0.3}]
-            files[f"data/learn/{MODEL}/{PATTERN}/{method}/history.jsonl"] = "\n".join(map(json.dumps, history))
+            folder = f"data/learn/{MODEL}/{PATTERN}/{method}"
+            learned = {f"{folder}/history.jsonl": "\n".join(map(json.dumps, history)), f"{folder}/manifest.json": {"settings": {"epochs": 2}}}
+            self.run("learn", *key, files=learned)
         self.run(stage, *key, measured=quality, files=files)
         self.run("assemble", *key, measured={"bytes": 9}, files={f"data/assemble/{MODEL}/{PATTERN}/{method}/model": weights})
         self.run("evaluate", *key, measured={"perplexity": perplexity, "zero_shot": {"arc": {"acc": 0.25}}})
@@ -170,6 +173,7 @@ def test_a_run_has_the_settings_and_hashes_behind_it(pipeline: Pipeline):
         "score": "wanda",
         "permutation": "identity",
         "learn/epochs": "2",
+        "prune/sequential": "False",
         "seed": "5",
         "machine/device": "cpu",
     }
