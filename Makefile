@@ -18,14 +18,17 @@ export MLFLOW_SERVER_ENABLE_JOB_EXECUTION := false
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export PREFECT_HOME ?= $(CURDIR)/.prefect
 
-.PHONY: repro test ablation server deploy worker flow sweep track ui clean
+.PHONY: repro test ablation objectives server deploy worker flow sweep track ui clean
 
 repro: $(BIN)/.ready ## run what is out of date, then print the comparison; MODELS=llama-2-7b runs others than run.models
 	dvc $(if $(MODELS),exp run --set-param 'run.models=[$(MODELS)]',repro)
 	@cat data/report/table.md
 
 ablation: $(BIN)/.ready ## compare recipes and their switches over seeds; long, resumes row by row
-	dvc repro flows/studies/dvc.yaml
+	dvc repro flows/studies/dvc.yaml:ablation
+
+objectives: $(BIN)/.ready ## combine objectives of permutations with weight updates, over seeds; resumes part by part
+	dvc repro flows/studies/dvc.yaml:objectives
 
 test: $(BIN)/.ready ## run the tests
 	pytest $(PYTEST)
