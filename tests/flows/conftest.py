@@ -1,4 +1,4 @@
-"""Shared by the tests of the flows: a folder with an MLflow database, a Prefect server with workers as real processes."""
+"""Shared by the tests of the flows: folders with an MLflow database or a tiny model, a Prefect server with workers as real processes."""
 
 import contextlib
 import json
@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.request import Request, urlopen
@@ -38,6 +38,16 @@ def mlflow_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty_databas
     monkeypatch.chdir(tmp_path)
     shutil.copy(empty_database, "mlflow.db")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    return tmp_path
+
+
+@pytest.fixture
+def tiny_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_checkpoint: Callable[..., Path]) -> Path:
+    """A new folder, entered, with the checkpoint `model/llama` and a text in `text/`; params.yaml is left to the tests."""
+    monkeypatch.chdir(tmp_path)
+    tiny_checkpoint(tmp_path / "model", "llama")
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.txt").write_text("The quick brown fox jumps over the lazy dog. " * 40)
     return tmp_path
 
 

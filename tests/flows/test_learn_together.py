@@ -30,15 +30,11 @@ RUN = {"models": ["tiny"], "patterns": ["2:4"], "one_shot": [], "learned": list(
 
 
 @pytest.fixture
-def project(tmp_path, monkeypatch, tiny_checkpoint):
+def project(tiny_folder: Path) -> Path:
     """A folder with params.yaml, a tiny checkpoint and its calibration, entered."""
-    monkeypatch.chdir(tmp_path)
-    tiny_checkpoint(tmp_path / "model", "llama")
-    (tmp_path / "text").mkdir()
-    (tmp_path / "text" / "a.txt").write_text("The quick brown fox jumps over the lazy dog. " * 40)
     write_params(processes=1)
     calibrate.main(["--model", "tiny"])
-    return tmp_path
+    return tiny_folder
 
 
 def write_params(**settings: object) -> None:

@@ -34,13 +34,9 @@ PARAMS = {
 
 
 @pytest.fixture
-def project(tmp_path, monkeypatch, tiny_checkpoint):
-    monkeypatch.chdir(tmp_path)
-    tiny_checkpoint(tmp_path / "model", "llama")
-    (tmp_path / "text").mkdir()
-    (tmp_path / "text" / "a.txt").write_text("The quick brown fox jumps over the lazy dog. " * 40)
+def project(tiny_folder: Path) -> Path:
     Path("params.yaml").write_text(yaml.safe_dump(PARAMS))
-    return tmp_path
+    return tiny_folder
 
 
 def test_every_permutation_meets_every_update_and_a_second_run_takes_up_what_is_there(project):

@@ -53,14 +53,10 @@ Scratch.keep = keep_and_die
 
 
 @pytest.fixture
-def project(tmp_path, monkeypatch, tiny_checkpoint):
-    monkeypatch.chdir(tmp_path)
-    tiny_checkpoint(tmp_path / "model", "llama")
-    (tmp_path / "text").mkdir()
-    (tmp_path / "text" / "a.txt").write_text("The quick brown fox jumps over the lazy dog. " * 40)
-    (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, QUESTIONS)))
+def project(tiny_folder: Path) -> Path:
+    (tiny_folder / "questions.jsonl").write_text("\n".join(map(json.dumps, QUESTIONS)))
     write_params(sequential=False)
-    return tmp_path
+    return tiny_folder
 
 
 def write_params(sequential: bool, **settings: object) -> None:

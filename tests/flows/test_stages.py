@@ -47,14 +47,10 @@ PARAMS = {
 
 
 @pytest.fixture
-def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_checkpoint: Callable[..., Path]) -> Path:
+def project(tiny_folder: Path) -> Path:
     """A folder with params.yaml, a tiny checkpoint and some text, entered."""
-    monkeypatch.chdir(tmp_path)
-    tiny_checkpoint(tmp_path / "model", "llama")
-    (tmp_path / "text").mkdir()
-    (tmp_path / "text" / "a.txt").write_text("The quick brown fox jumps over the lazy dog. " * 40)
     write_params(PARAMS)
-    return tmp_path
+    return tiny_folder
 
 
 def write_params(params: dict) -> None:

@@ -71,7 +71,12 @@ class Pipeline:
     def run_method(self, method: str, perplexity: float, weights: str = "first", seconds: float = 1.5) -> None:
         (*before, stage), key = METHODS[method], (PATTERN, method)
         quality = {"retained_score": 0.7, "output_error": 0.1, "seconds": seconds}
-        manifest = {"method_settings": {"score": "wanda", "permutation": "identity"}, "settings": {"sequential": False}, "seed": 5, "weights": weights}
+        manifest = {
+            "method_settings": {"score": "wanda", "permutation": "identity"},
+            "settings": {"sequential": False},
+            "seed": 5,
+            "weights": weights,
+        }
         files = {f"data/prune/{MODEL}/{PATTERN}/{method}/manifest.json": manifest}
         if before:
             history = [{"epoch": 0, "training_loss": None, "held_out_loss": 0.5}, {"epoch": 1, "training_loss": 0.4, "held_out_loss": 0.3}]
