@@ -25,7 +25,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from prefect.tasks import Task
 
 from flows.graph import Stages, read_records, read_stages, select
-from flows.processes import Commands, die_with_worker
+from flows.processes import TRY_LATER, Commands, die_with_worker
 from flows.remote import check_remote
 
 BUSY = "is busy, it is being blocked by"  # what DVC says while another process has the stage
@@ -42,6 +42,10 @@ class CommandFailed(RuntimeError):
 
 class StageBusy(CommandFailed):
     """Another process works on the stage right now."""
+
+
+class TryLater(CommandFailed):
+    """A command could not reach what it needs, and lost nothing."""
 
 
 class PipelineFailed(RuntimeError):
@@ -161,9 +165,13 @@ def _put_back(address: str, commands: Commands) -> None:
 
 @task(name="track", task_run_name="track", cache_policy=NO_CACHE, persist_result=False)
 def track(commands: Commands) -> State:
-    """Record in MLflow what it does not have yet; also what a failed run has finished."""
+    """Record in MLflow what it does not have yet; also what a failed run has finished. Results wait where MLflow does not answer."""
     started = time.perf_counter()
-    _run([sys.executable, "-m", "flows.track"], commands)
+    try:
+        _run([sys.executable, "-m", "flows.track"], commands)
+    except TryLater:
+        get_run_logger().warning("MLflow does not answer: the results are kept, `make track` records them later")
+        return Completed(name="Postponed", data=time.perf_counter() - started)
     return Completed(name="Ran", data=time.perf_counter() - started)
 
 
@@ -178,7 +186,7 @@ def _run(command: list[str], commands: Commands, gpu: str | None = None) -> list
 
     status = commands.run(command, environment(gpu), keep)
     if status:
-        failure = StageBusy if any(BUSY in line for line in lines) else CommandFailed
+        failure = TryLater if status == TRY_LATER else StageBusy if any(BUSY in line for line in lines) else CommandFailed
         raise failure(f"{' '.join(command[2:])} ended with status {status}:\n" + "\n".join(filter(None, lines[-LAST_LINES:])))
     return lines
 

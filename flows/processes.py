@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 PR_SET_PDEATHSIG = 1
+TRY_LATER = 75  # exit status of a command that could not reach what it needs: EX_TEMPFAIL of sysexits.h
 
 
 class Commands:

@@ -22,6 +22,7 @@ from typing import Any
 from flows.experiment import Experiment, UnreachableError, curve, setting_tags
 from flows.graph import Stages, needs_of, read_records, read_stages
 from flows.paths import DATA, HISTORY, REPORT, Setting
+from flows.processes import TRY_LATER
 from permllm.artifacts import unfinished
 from permllm.report.summary import DENSE
 
@@ -31,7 +32,6 @@ KERNELS = ("dense", "masked", "semi_structured")
 PRUNED = ("retained_score", "output_error")  # the stage `reconstruct` prunes too: one name, so that methods compare
 METRICS_PER_BATCH = 1000
 SOURCES = ("dvc.yaml", "params.yaml", "flows", "permllm")
-TRY_LATER = 75  # EX_TEMPFAIL of sysexits.h
 logger = logging.getLogger("permllm")
 
 

@@ -119,7 +119,7 @@ def test_the_whole_pipeline_runs_on_a_tiny_model(project: Path):
         ("run/patterns", ["4:2", "0:4", "a:b"], "4:2 needs 0 < N < M.*0:4 needs 0 < N < M.*'a:b' is not of the form N:M"),
         ("run/patterns", ["3:5"], "multiples of 5, but model.layers.0.self_attn.q_proj has 32.*model.layers.2.mlp.down_proj has 48"),
         ("methods/permllm/learn", {"recipe": "paper", "block_size": 25}, "block_size 25 is not a multiple of the group size of 2:4"),
-        ("methods/permllm/learn", {"recipe": "paper", "block_size": 256}, r"model.layers.0.self_attn.q_proj: no block size near 256 divides 32 channels; those that do: 4, 8, 16, 32"),
+        ("methods/permllm/learn", {"recipe": "paper", "block_size": 256}, "q_proj: no block size near 256 divides 32 channels; those that do: 4, 8, 16, 32"),
         ("models/tiny/learn/block_sise", 24, "unknown learn setting .block_sise.*did you mean .block_size"),
         ("models/tiny/learn/epochs", 2.5, "epochs: Input should be a valid integer"),
         ("models/tiny/learn/sequences", 9, "sequences is 9, but the calibration has 8 that are not held out"),

@@ -21,7 +21,7 @@ from flows.track import track
 from permllm.artifacts import unfinished
 
 MODEL, PATTERN = "tiny", "2:4"
-METHODS = {"wanda": ("prune",), "permllm": ("learn", "reconstruct")}  # and the stages that prune with it
+METHODS = {"wanda": ("prune",), "permllm": ("learn", "reconstruct")}  # and the stages behind it
 
 
 def address(stage: str, *key: str) -> str:
