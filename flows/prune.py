@@ -47,23 +47,15 @@ def prune_layers(params: Params, setting: Setting, stage: str, calibration: Cali
         need_disk(folder, pruning_bytes(files, method))
     weights = checkpoint_weights(files, adapter, len(statistics), device)
     parts = [source_fingerprint("calibration", "models", "permutation", "pruning", "sparsity"), calibration.checksum]
-    parts += [
-        setting.pattern,
-        vars(method),
-        vars(config),
-        source.dtype,
-        str(device),
-        model_params.calibrate.batch_size,
-        learned and learned.manifest["checksum"],
-    ]
+    parts += [setting.pattern, vars(method), vars(config), source.dtype, str(device), model_params.calibrate.batch_size]
+    parts.append(learned and learned.manifest["checksum"])
     scratch = Scratch.open(home, parts)
     with replacing_folder(setting.path("prune")) as folder:
         finished, generator, permutations = FinishedLayers(scratch), torch.Generator().manual_seed(method.seed), learned and learned.orders()
         done = len(finished)
         finished.restore(generator)
-        if (
-            permutations is None and method.layout != "free"
-        ):  # orders that layers share are found for all of them first, from the dense model's activations
+        # orders that layers share are found for all of them first, from the dense model's activations
+        if permutations is None and method.layout != "free":
             found_by = torch.Generator().manual_seed(method.seed)
             arguments = weights, adapter, Heads.of(load_config(source)), statistics, pattern, found_by
             find = partial(find_permutations, method.layout, method.permutation, method.score, *arguments)
