@@ -134,8 +134,8 @@ def main(argv: list[str] | None = None) -> None:
         for row in measure(Path(folder), chosen.shape, chosen.sequences, chosen.length):
             print(json.dumps(row), flush=True)
             rows.append(row)
-    chosen.result.parent.mkdir(parents=True, exist_ok=True)
-    chosen.result.write_text(json.dumps(rows, indent=2) + "\n")
+            chosen.result.parent.mkdir(parents=True, exist_ok=True)
+            chosen.result.write_text(json.dumps(rows, indent=2) + "\n")
 
 
 if __name__ == "__main__":

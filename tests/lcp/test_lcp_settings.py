@@ -42,7 +42,7 @@ def test_settings_that_must_not_be_negative_are_named(name, value):
     ("name", "value", "known"),
     [
         ("start", "none", "cp, identity, random, search"),
-        ("recipe", "papr", "amd, best, paper; did you mean 'paper'"),
+        ("recipe", "papr", "amd, best, paper, refit; did you mean 'paper'"),
         ("objective", "mse", "cosine, cross_entropy, kl, relative_error, smooth_l1"),
         ("logits", "eye", "identity, uniform"),
         ("estimator", "hrd", "hard, soft; did you mean 'hard'"),
