@@ -12,7 +12,7 @@ from flows.paths import REPORT, Setting
 from flows.prune import open_calibration
 from flows.stage import run_stage
 from flows.study import side_by_side
-from permllm.ablation import AblationRow, Subject
+from permllm.ablation import AblationRow, run_row
 from permllm.artifacts import fingerprint, read_tensors, source_fingerprint, write_json, write_tensors
 from permllm.calibration.samples import tokenize
 from permllm.calibration.texts import read_documents
@@ -24,6 +24,7 @@ from permllm.pruning.permutations import LayerPermutations
 from permllm.report.figures import ablation_figure, save_figure
 from permllm.report.summary import gap_closed
 from permllm.sparsity.pattern import NMPattern
+from permllm.subject import Subject
 
 SCRATCH = Path(".cache/ablation")
 
@@ -50,7 +51,7 @@ def _run(row: AblationRow, folder: Path) -> dict[str, Any]:
     if path.exists():
         return json.loads(path.read_text())
     started = time.perf_counter()
-    record = _subject(row.model).run(row, _starts(row, folder))
+    record = run_row(_subject(row.model), row, settings.learn, _starts(row, folder))
     perplexities = {**_references(row.model, row.pattern), row.recipe: record["perplexity"]}
     names = {"recipe": "ablation" if row.is_switch else row.recipe, "around": row.recipe if row.is_switch else None, "change": _change(row.change)}
     record = {
@@ -80,7 +81,7 @@ def _subject(name: str) -> Subject:
     source, judged = model_params.model_source(), model_params.evaluate.perplexity
     model, calibration = load_model(source), open_calibration(_params(), Setting(name))
     text = tokenize(list(read_documents(judged.text).values()), load_tokenizer(source))
-    return Subject(model, adapter_of(model), calibration.samples, list(calibration.statistics), text, judged.length, dict(model_params.learn))
+    return Subject(model, adapter_of(model), calibration.samples, list(calibration.statistics), text, judged.length)
 
 
 @cache
@@ -90,7 +91,7 @@ def _references(name: str, pattern: str) -> dict[str, float]:
 
 def _starts(row: AblationRow, folder: Path) -> list[LayerPermutations]:
     """Return what a row begins from; rows that begin alike share it."""
-    start = row.config(_subject(row.model).budget).start if row.is_learned else row.recipe
+    start = row.config(_params().model(row.model).learn).start if row.is_learned else row.recipe
     path = folder / f"start_{fingerprint([row.pattern, row.score, start, row.seed, row.layout])}.safetensors"
     if not path.exists():
         found = _subject(row.model).starts(NMPattern.parse(row.pattern), row.score, start, row.seed, row.layout)

@@ -14,13 +14,13 @@ from permllm.artifacts import fingerprint, source_fingerprint, write_json
 from permllm.calibration.samples import tokenize
 from permllm.calibration.texts import read_documents
 from permllm.lcp.recipes import LearnConfig
-from permllm.models.families import adapter_of
 from permllm.models.loading import load_model, load_tokenizer
-from permllm.objectives import Calibrated, ObjectivePart, after, objective_of
+from permllm.objectives import ObjectivePart, after, find_permutations, objective_of
 from permllm.params import Params
 from permllm.report.figures import objectives_figure, save_figure
-from permllm.report.summary import gap_closed
+from permllm.report.summary import DENSE, gap_closed
 from permllm.sparsity.pattern import NMPattern
+from permllm.subject import Subject
 
 SCRATCH = Path(".cache/objectives")
 
@@ -55,18 +55,19 @@ def _run(part: ObjectivePart, source: str) -> list[dict[str, Any]]:
     path = SCRATCH / f"{fingerprint(decides)}.json"
     if path.exists():
         return json.loads(path.read_text())
-    started, pattern = time.perf_counter(), NMPattern.parse(part.pattern)
-    calibrated = _calibrated(part.model, part.seed)
-    permutations = calibrated.permutations(pattern, method, config)
+    pattern = NMPattern.parse(part.pattern)
+    subject, references = _subject(part.model, part.seed), _references(part.model, part.pattern, part.seed)
+    started = time.perf_counter()
+    permutations = find_permutations(subject, pattern, method, config)
     seconds = time.perf_counter() - started
     records = []
     for update in part.updates:
-        found = calibrated.pruned_perplexity(pattern, after(method, update), permutations)
-        closed = gap_closed({**_references(part.model, part.pattern, part.seed), part.method: found}, part.method)
+        found = subject.perplexity(subject.pruned(pattern, after(method, update), permutations))
+        closed = gap_closed({**references, part.method: found}, part.method)
         records.append(
             {
                 "model": part.model, "sparsity": part.pattern, "layout": method.layout, "objective": objective_of(method, config), "update": update,
-                "seed": part.seed, "perplexity": round(found, 4), "gap_closed": closed, "dense_perplexity": round(calibrated.dense_perplexity, 4),
+                "seed": part.seed, "perplexity": round(found, 4), "gap_closed": closed, "dense_perplexity": round(references[DENSE], 4),
                 "permutation_seconds": round(seconds, 1),
             }
         )  # fmt: skip
@@ -80,17 +81,17 @@ def _params() -> Params:
 
 
 @lru_cache(maxsize=2)
-def _calibrated(name: str, seed: int) -> Calibrated:
+def _subject(name: str, seed: int) -> Subject:
     model_params = _params().model(name)
     source, judged = model_params.model_source(), model_params.evaluate.perplexity
-    model, tokenizer = load_model(source), load_tokenizer(source)
+    tokenizer = load_tokenizer(source)
     calibration, text = (tokenize(list(read_documents(one.text).values()), tokenizer) for one in (model_params.calibrate, judged))
-    return Calibrated.with_seed(model, adapter_of(model), calibration, model_params.calibrate, seed, text, judged.length)
+    return Subject.calibrated(load_model(source), calibration, model_params.calibrate, seed, text, judged.length)
 
 
 @cache
 def _references(name: str, pattern: str, seed: int) -> dict[str, float]:
-    return dict(_calibrated(name, seed).references(NMPattern.parse(pattern)))
+    return _subject(name, seed).references(NMPattern.parse(pattern))
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Self, TypeVar
 
+from torch.distributed import is_torchelastic_launched
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -57,7 +58,7 @@ def run_stage(name: str, stage: StageFunction, arguments: tuple[str, ...], argv:
 
 def _is_first() -> bool:
     """Whether this process writes the files: the only one, or the first of those that `torchrun` started."""
-    return os.environ.get("RANK", "0") == "0"
+    return not is_torchelastic_launched() or os.environ["RANK"] == "0"
 
 
 class Progress(contextlib.AbstractContextManager):

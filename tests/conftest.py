@@ -30,8 +30,12 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from permllm.calibration.samples import CalibrateConfig, tokenize
+from permllm.calibration.texts import TextSource, read_documents
 from permllm.models.adapter import ModelAdapter
 from permllm.models.families import adapter_of
+from permllm.models.loading import ModelSource, load_model, load_tokenizer
+from permllm.subject import Subject
 
 torch.set_num_threads(1)
 
@@ -141,6 +145,21 @@ def third_party() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no third-party data at {folder}; set PERMLLM_THIRD_PARTY to the folder that holds it")
     return folder
+
+
+@pytest.fixture
+def third_party_subject(third_party: Path) -> Callable[[str], Subject]:
+    """`third_party_subject(name)`: a checkpoint by others, calibrated on the first half of the stories and judged on the second."""
+
+    def make(name: str) -> Subject:
+        source, length = ModelSource(str(third_party / "models" / name), device="cpu"), 128
+        text = TextSource(files=str(third_party / "text/tinystories_sample/stories_clean.jsonl"))
+        stories, tokenizer = list(read_documents(text).values()), load_tokenizer(source)
+        calibration, judged = (tokenize(part, tokenizer) for part in (stories[: len(stories) // 2], stories[len(stories) // 2 :]))
+        config = CalibrateConfig(text, sequences=192, length=length, held_out=12, batch_size=16)
+        return Subject.calibrated(load_model(source), calibration, config, 0, judged[: 200 * length], length)
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -70,6 +70,17 @@ class MaskRule:
         return torch.cat(pulled)
 
 
+@dataclass(frozen=True)
+class FixedValues:
+    """Stands in for a `MaskRule` where the masked weight has values of its own, (in, out), until it gets others."""
+
+    values: Tensor
+
+    def masked(self, group: GroupPermutation, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return them."""
+        return self.values.to(dtype)
+
+
 class _Part:
     """Some blocks of channels: their weights, scores and masks, rows in the order of the slots (hard) or of the start (soft)."""
 
@@ -120,16 +131,14 @@ class MaskedLinearFunction(torch.autograd.Function):
         x: Tensor,
         carrier: Tensor | None,
         weight: Tensor,
-        rule: MaskRule,
+        rule: "MaskRule | FixedValues",
         group: GroupPermutation,
         collect: Callable[[Tensor], None] | None = None,
-        refitted: Tensor | None = None,
     ) -> Tensor:
         """Multiply (..., in) by the masked `weight`, (out, in).
 
         `carrier` has autograd ask for a gradient: that of the permutation, if it is the group's relaxed value, which takes
-        it, and otherwise that of the masked weight, (in, out), which `collect` takes. `refitted`, (in, out), is multiplied by
-        in place of the masked weight.
+        it, and otherwise that of the masked weight, (in, out), which `collect` takes.
         """
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
@@ -137,8 +146,7 @@ class MaskedLinearFunction(torch.autograd.Function):
         x = x.to(dtype)
         ctx.save_for_backward(x, weight)
         ctx.rule, ctx.group, ctx.collect = rule, GroupPermutation(group.start, group.relaxed, group.local), collect
-        ctx.refitted = refitted
-        return torch.matmul(x, rule.masked(group, weight.t(), dtype) if refitted is None else refitted.to(dtype))
+        return torch.matmul(x, rule.masked(group, weight.t(), dtype))
 
     @staticmethod
     @once_differentiable
@@ -154,12 +162,9 @@ class MaskedLinearFunction(torch.autograd.Function):
             else:
                 grad_carrier = ctx.collect(grad_carrier)
         if not ctx.needs_input_grad[0]:
-            return None, grad_carrier, *(None,) * 5
-        if ctx.refitted is not None:
-            masked = ctx.refitted.to(grad.dtype)
-        elif masked is None:
-            masked = rule.masked(group, weight.t(), grad.dtype)
-        return torch.matmul(grad, masked.t()).to(ctx.input_dtype), grad_carrier, *(None,) * 5
+            return None, grad_carrier, None, None, None, None
+        masked = rule.masked(group, weight.t(), grad.dtype) if masked is None else masked
+        return torch.matmul(grad, masked.t()).to(ctx.input_dtype), grad_carrier, None, None, None, None
 
 
 class MaskedLinear(nn.Module):
@@ -173,14 +178,14 @@ class MaskedLinear(nn.Module):
     Attributes:
         gradient: of the masked weight, (in, out), at least float32, since `collect_gradient`; of this rank's rows where
             several processes learn.
-        refitted: (in, out), takes the place of the masked weight, whose channels it has; None for none. See `refit`.
+        refitted: values that take the place of the masked weight; None for none. See `refit`.
     """
 
     def __init__(self, original: nn.Linear, rule: MaskRule, group: GroupPermutation) -> None:
         super().__init__()
         self.original, self.rule, self.group = original, rule, group
         self.gradient: Tensor | None = None
-        self.refitted: Tensor | None = None
+        self.refitted: FixedValues | None = None
         self._carrier: Tensor | None = None
 
     def collect_gradient(self, ranks: Ranks = ALONE) -> None:
@@ -194,7 +199,7 @@ class MaskedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Multiply by the masked weight; (..., in) to (..., out)."""
         carrier = self._carrier if self.group.relaxed is None else self.group.relaxed
-        output = MaskedLinearFunction.apply(x, carrier, self.original.weight, self.rule, self.group, self._collect, self.refitted)
+        output = MaskedLinearFunction.apply(x, carrier, self.original.weight, self.refitted or self.rule, self.group, self._collect)
         return output if self.original.bias is None else output + self.original.bias.to(output.dtype)
 
 

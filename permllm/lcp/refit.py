@@ -1,8 +1,8 @@
 """Kept weights that adapt while an order is learned, as they will when a weight update follows: the loss is taken after a cheap one.
 
 Legend: as in `permllm/pruning/updates/reconstruction.py`: T (out, in) weight and H (in, in) Gram matrix in scaled channels.
-If all other weights of a row adapt, removing T_ij changes the row by -(T_ij / [H^-1]_jj) H^-1_j and its error by
-T_ij^2 / [H^-1]_jj. Neither depends on what else is removed, so what a mask costs is a sum over the weights it removes.
+If all other weights of a row adapt, removing T_ij alone changes the row by -(T_ij / [H^-1]_jj) H^-1_j and its error by
+T_ij^2 / [H^-1]_jj. What a mask costs is taken for the sum of that over the weights it removes, as the score `obs` does.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from permllm.calibration.statistics import ActivationStats, LayerStats
-from permllm.lcp.masked_linear import MaskedLinear
+from permllm.lcp.masked_linear import FixedValues, MaskedLinear
 from permllm.pruning.updates.least_squares import DAMPING, descend
 from permllm.pruning.updates.reconstruction import scaled_gram
 
@@ -37,7 +37,7 @@ def refit(linears: Sequence[MaskedLinear], stats: ActivationStats) -> None:
     change = descend(lambda direction: (direction @ gram).mul_(kept), ((target - start) @ gram).mul_(kept), STEPS)
     parts = ((start + change) / scale).split([len(weight) for weight in weights])
     for linear, weight, part in zip(linears, weights, parts, strict=True):
-        linear.refitted = part.t().to(weight.dtype).contiguous()
+        linear.refitted = FixedValues(part.t().to(weight.dtype).contiguous())
 
 
 def refit_layers(linears: Iterable[Mapping[str, Sequence[MaskedLinear]]], statistics: Iterable[LayerStats]) -> None:

@@ -46,16 +46,16 @@ def test_linears_of_a_group_take_the_least_squares_values_under_their_masks(stat
     for linear in linears:
         mask = linear.rule.masked(group, linear.original.weight.t(), torch.float32).t() != 0
         expected, _ = least_squares(linear.original.weight, stats, PATTERN, mask)
-        torch.testing.assert_close(linear.refitted.t(), expected, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(linear.refitted.values.t(), expected, rtol=1e-3, atol=1e-4)
         x = normal(3, CHANNELS, seed=6)
-        torch.testing.assert_close(linear(x), x @ linear.refitted)
+        torch.testing.assert_close(linear(x), x @ linear.refitted.values)
 
 
 def test_what_goes_back_through_a_refitted_linear_are_its_own_gradients(stats):
     linear = masked(normal(6, CHANNELS, seed=4), stats, GroupPermutation(torch.arange(CHANNELS)))
     refit([linear], stats)
     linear.collect_gradient()
-    x, weight = normal(5, CHANNELS, seed=6).requires_grad_(), linear.refitted.clone().requires_grad_()
+    x, weight = normal(5, CHANNELS, seed=6).requires_grad_(), linear.refitted.values.clone().requires_grad_()
     linear(x).square().sum().backward()
     found, x.grad = x.grad.clone(), None
     (x @ weight).square().sum().backward()
