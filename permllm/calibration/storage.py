@@ -1,7 +1,7 @@
 """Calibration on disk: the token sequences, and one file of Gram matrices per decoder layer, read one at a time."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,12 @@ SAMPLES = "samples.safetensors"
 
 @dataclass(frozen=True)
 class SavedStatistics(Sequence[LayerStats]):
-    """Statistics of every decoder layer; each access reads one layer's file, and refuses one that is not as it was written."""
+    """Statistics of every decoder layer; each access reads one layer's file, and the first refuses one that is not as it was written."""
 
     folder: Path
     manifest: Mapping[str, Any]
     device: torch.device | str
+    _checked: set[int] = field(default_factory=set, init=False, repr=False, compare=False)  # learning reads every layer in every epoch
 
     def __len__(self) -> int:
         return self.manifest["layers"]
@@ -32,7 +33,10 @@ class SavedStatistics(Sequence[LayerStats]):
     def __getitem__(self, index: int) -> LayerStats:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        grams = read_tensors(checked_file(self.folder, self.manifest, layer_name(index)), self.device)
+        if index not in self._checked:
+            checked_file(self.folder, self.manifest, layer_name(index))
+            self._checked.add(index)
+        grams = read_tensors(self.folder / layer_name(index), self.device)
         return {name: ActivationStats(gram, self.manifest["tokens"]) for name, gram in grams.items()}
 
     def __iter__(self) -> Iterator[LayerStats]:
