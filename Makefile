@@ -18,16 +18,19 @@ export MLFLOW_SERVER_ENABLE_JOB_EXECUTION := false
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export PREFECT_HOME ?= $(CURDIR)/.prefect
 
-.PHONY: repro test ablation objectives server deploy worker flow sweep track ui clean
+.PHONY: repro mend test ablation objectives server deploy worker flow sweep track ui clean
 
-repro: $(BIN)/.ready ## run what is out of date, then print the comparison; MODELS=llama-2-7b runs others than run.models
+repro: mend ## run what is out of date, then print the comparison; MODELS=llama-2-7b runs others than run.models
 	dvc $(if $(MODELS),exp run --set-param 'run.models=[$(MODELS)]',repro)
 	@cat data/report/table.md
 
-ablation: $(BIN)/.ready ## compare recipes and their switches over seeds; long, resumes row by row
+mend: $(BIN)/.ready ## put back DVC's lock files if a killed dvc left them cut off
+	@python -m flows.mend
+
+ablation: mend ## compare recipes and their switches over seeds; long, resumes row by row
 	dvc repro flows/studies/dvc.yaml:ablation
 
-objectives: $(BIN)/.ready ## combine objectives of permutations with weight updates, over seeds; resumes part by part
+objectives: mend ## combine objectives of permutations with weight updates, over seeds; resumes part by part
 	dvc repro flows/studies/dvc.yaml:objectives
 
 test: $(BIN)/.ready ## run the tests

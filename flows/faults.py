@@ -352,6 +352,7 @@ def _record(done: list[Kill], outcomes: dict[str, str], seed: int, started: floa
         "lost": sum(bool(kill.lost) for kill in done),
         "wrong": sum(bool(kill.wrong) for kill in done),
         "ran_again_unrecorded": sum(kill.unrecorded for kill in done),
+        "cut_off_locks_mended": sum(kill.mended for kill in done),
         "killed": dict(sorted(Counter(f"{kill.stage.partition('@')[0]}, {kill.how}" for kill in done).items())),
         "problems": [problem for kill in done for problem in (*kill.lost, *kill.wrong)],
         "faults": outcomes,

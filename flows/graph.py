@@ -7,6 +7,7 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any
 
+from flows.mend import mend
 from flows.paths import Setting
 from permllm.artifacts import read_yaml
 from permllm.lookup import lookup
@@ -47,9 +48,14 @@ Stages = Mapping[str, Stage]  # by address, every stage after the stages that it
 
 
 def read_stages(root: Path = Path()) -> Stages:
-    """Read all stages of `dvc.yaml` in `root`; studies in other files are not part of the pipeline."""
+    """Read all stages of `dvc.yaml` in `root`, after mending what a killed dvc left; studies in other files are not part of the pipeline.
+
+    Raises:
+        ValueError: if `dvc.lock` cannot be mended.
+    """
     from dvc.repo import Repo  # takes most of a second
 
+    mend(root)
     with Repo(str(root)) as repo:
         graph = repo.index.graph  # an edge points from a stage to one that it depends on
         # without a command: a file that DVC tracks

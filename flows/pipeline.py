@@ -25,6 +25,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from prefect.tasks import Task
 
 from flows.graph import Stages, read_records, read_stages, select
+from flows.mend import mend
 from flows.processes import TRY_LATER, Commands, die_with_worker
 from flows.remote import check_remote
 
@@ -142,6 +143,7 @@ def repro(address: str, commands: Commands, gpu: str | None, remote: str | None,
     """Let DVC run a stage, restore its outputs or skip it; the state is named after what it did."""
     shared = ["flows.remote", remote] if remote else ["dvc", "--wait-for-lock", "repro", "--single-item"]
     started = time.perf_counter()
+    mend()  # another dvc may have been killed since
     try:
         lines = _run([sys.executable, "-m", *shared, *(["--force"] if force else []), address], commands, gpu)
     except StageBusy:

@@ -24,7 +24,8 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-from flows.graph import AXES
+from flows.graph import AXES, read_records
+from flows.mend import mend
 from flows.paths import Setting
 from permllm.artifacts import read_yaml, sha256, write_json
 from permllm.benchmark.memory import LlamaShape, write_random_llama
@@ -141,6 +142,7 @@ class Kill:
         lost: what was finished and was gone, or was done again.
         wrong: results whose bytes are not those of the undisturbed run, after the kill or in the end, and what is left over.
         unrecorded: whether the kill came after the stage's results were whole and before dvc.lock had them: dvc runs the stage again.
+        mended: whether it left a lock file of dvc cut off.
     """
 
     stage: str
@@ -148,7 +150,8 @@ class Kill:
     seconds: float
     lost: tuple[str, ...]
     wrong: tuple[str, ...]
-    unrecorded: bool
+    unrecorded: bool = False
+    mended: bool = False
 
 
 @dataclass(frozen=True)
@@ -270,7 +273,7 @@ class Rehearsal:
             seconds = ended.seconds  # it was faster than the moment: once more
         lost, spoiled, kept = self._gone(before, stage), self.spoiled(), parts_kept(stage)
         lost += _done_again(stage, kept, self.run(stage).log)
-        return Kill(stage.address, "bare", moment, tuple(lost), (*spoiled, *self.differences()), unrecorded=False)
+        return Kill(stage.address, "bare", moment, tuple(lost), (*spoiled, *self.differences()))
 
     def kill_dvc(self, stage: Stage, random: Random, seconds: float) -> Kill:
         """Kill `dvc repro` of a stage, or the stage below it, at a random moment; then let dvc end it, and compare.
@@ -280,7 +283,8 @@ class Rehearsal:
         """
         while True:
             self.forget(stage)
-            before, lock, started = self.hashes(), Path("dvc.lock").read_text(), time.time_ns()
+            mend()  # as the flow does before every stage
+            before, recorded, started = self.hashes(), read_records().keys(), time.time_ns()
             running = subprocess.Popen(_dvc(*_repro(stage)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=self.environment)
             moment = random.uniform(0, seconds)
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -297,16 +301,14 @@ class Rehearsal:
         metrics = stage.setting.metrics(stage.name)
         is_whole = metrics.exists() and metrics.stat().st_mtime_ns > started
         lost, spoiled, kept = self._gone(before, stage), self.spoiled(), parts_kept(stage)
-        try:
-            is_recorded = stage.address in read_yaml(Path("dvc.lock"))["stages"]
-        except ValueError as error:  # dvc does not replace it as a whole
-            lost, is_recorded = [*lost, str(error)], False
-            Path("dvc.lock").write_text(lock)
+        mended = mend()
+        is_recorded = stage.address in read_records()
+        lost += [f"{address} is recorded no more" for address in sorted(recorded - read_records().keys())]
         log = self.dvc(*_repro(stage))
         lost += [f"{stage.address} was recorded and ran again"] if is_recorded and f"Running stage '{stage.address}'" in log else []
         lost += _done_again(stage, kept, log)
         how = how if children else "dvc"
-        return Kill(stage.address, how, moment, tuple(lost), (*spoiled, *self.differences()), unrecorded=is_whole and not is_recorded)
+        return Kill(stage.address, how, moment, tuple(lost), (*spoiled, *self.differences()), is_whole and not is_recorded, bool(mended))
 
     def _gone(self, before: Mapping[str, str], stage: Stage) -> list[str]:
         """Say which results were there before, and are neither there nor where they wait for the new ones.

@@ -22,6 +22,7 @@ from prefect.testing.utilities import prefect_test_harness
 import flows
 from flows import pipeline as module
 from flows import sweep as sweep_module
+from flows.mend import mend
 from flows.pipeline import PipelineFailed, pipeline
 
 GRAPH = {
@@ -168,6 +169,52 @@ def test_the_lock_of_a_dvc_that_was_killed_is_taken_over(project: Path, prefect:
     assert f"(Pid {dead.pid}), in RWLock-file 'data/calibrate/a' had been killed" in caplog.text
 
 
+@pytest.mark.parametrize("kept", [0.0, 0.5])
+def test_lock_files_that_a_killed_dvc_left_cut_off_are_mended(project: Path, prefect: None, kept: float, caplog: pytest.LogCaptureFixture):
+    pipeline(targets=["prune"])
+    pipeline(targets=["calibrate"])  # it sees the locks whole
+    whole = Path("dvc.lock").read_text()
+    Path("dvc.lock").write_text(whole[: int(kept * len(whole))])
+    Path(".dvc/tmp/rwlock").write_text('{"write": {"data'[: int(kept * 30)])
+    rows = pipeline(targets=["prune"])
+    assert states(rows) == {"calibrate@a": "skipped", "prune@a-wanda": "skipped", "prune@a-ria+cp": "skipped", "track": "ran"}
+    assert Path("dvc.lock").read_text() == whole
+    assert "dvc.lock was cut off" in caplog.text
+    assert "rwlock was cut off" in caplog.text
+
+
+def test_what_dvc_recorded_after_the_copy_of_its_lock_file_is_restored(project: Path, prefect: None):
+    pipeline(targets=["calibrate"])
+    subprocess.run([sys.executable, "-m", "dvc", "repro", "--quiet", "prune@a-wanda", "prune@a-ria+cp"], env=module.environment(), check=True)
+    Path("dvc.lock").write_text("")
+    states_after = states(pipeline(targets=["prune"]))
+    assert states_after == {"calibrate@a": "skipped", "prune@a-wanda": "restored", "prune@a-ria+cp": "restored", "track": "ran"}
+
+
+def test_a_lock_file_that_is_cut_off_without_a_copy_is_refused_and_one_with_a_conflict_left_alone(project: Path):
+    subprocess.run([sys.executable, "-m", "dvc", "repro", "--quiet"], env=module.environment(), check=True)
+    whole = Path("dvc.lock").read_text()
+    Path("dvc.lock").write_text(whole[:-20])
+    with pytest.raises(SystemExit, match="dvc.lock is cut off.*git checkout dvc.lock"):
+        module.main([])
+    conflict = f"<<<<<<< here\n{whole}=======\n>>>>>>> there\n"
+    Path("dvc.lock").write_text(conflict)
+    assert mend() == []
+    assert Path("dvc.lock").read_text() == conflict
+
+
+def test_results_wait_where_mlflow_does_not_answer(project: Path, prefect: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
+    axes = {"model": ["a"], "pattern": ["2:4"], "method": ["wanda"]}
+    for name, matrix in {"benchmark": {axis: axes[axis] for axis in ("model", "pattern")}, "evaluate": axes}.items():
+        item = [f"${{item.{axis}}}" for axis in matrix]
+        graph = yaml.safe_load(Path("dvc.yaml").read_text())
+        graph["stages"][name] = {"matrix": matrix, "cmd": " ".join(["python stage.py", name, *item]), "outs": ["/".join(["data", name, *item])]}
+        Path("dvc.yaml").write_text(yaml.safe_dump(graph, sort_keys=False))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # nobody listens there
+    assert states(pipeline(targets=["benchmark", "evaluate"])) == {"benchmark@a-2:4": "ran", "evaluate@a-2:4-wanda": "ran", "track": "postponed"}
+    assert "`make track` records them later" in caplog.text
+
+
 def test_clones_restore_what_others_pushed_to_their_remote(project: Path, prefect: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     clone = two_clones(tmp_path)
     (tmp_path / "remote").mkdir()
@@ -305,7 +352,8 @@ def test_what_a_machine_did_that_is_gone_goes_to_another_worker(project: Path, w
     sweep = server.start("sweep", "flows.sweep", "--targets", "prune", folder=project)
     wait_until(lambda: any("stage.py" in process.cmdline() for process in worker.children(recursive=True)))
     for process in (worker, *worker.children(recursive=True)):
-        process.kill()
+        with contextlib.suppress(psutil.NoSuchProcess):  # it ended with the one before
+            process.kill()
     set_params(methods={"wanda": "fail"})
     server.start_worker(project)
     assert sweep.wait(timeout=200) == 1
