@@ -39,7 +39,8 @@ def mend(root: Path = Path()) -> list[str]:
     with Repo(str(root), _wait_for_lock=True) as repo:
         temporary = Path(repo.tmp_dir)
         temporary.mkdir(exist_ok=True)
-        guard = make_lock(str(temporary / RWLOCK_LOCK), tmp_dir=repo.tmp_dir, hardlink_lock=repo.config["core"].get("hardlink_lock", False), wait=True)
+        hardlink = repo.config["core"].get("hardlink_lock", False)
+        guard = make_lock(str(temporary / RWLOCK_LOCK), tmp_dir=repo.tmp_dir, hardlink_lock=hardlink, wait=True)
         with repo.lock:
             mended = [name for name in LOCK_FILES if (root / name).exists() and _put_back(root / name, temporary / COPIES / name)]
             with guard:
@@ -52,11 +53,11 @@ def mend(root: Path = Path()) -> list[str]:
 def _put_back(path: Path, copy: Path) -> bool:
     """Restore a lock file from its copy if it is cut off, else keep a copy."""
     content = path.read_text()
-    if copy.exists() and copy.read_text() == content or CONFLICT in content:
+    if CONFLICT in content or (copy.exists() and copy.read_text() == content):
         return False
     is_whole = _is_whole(content)
     if not is_whole and not copy.exists():
-        raise ValueError(f"{path} is cut off, dvc was killed as it wrote it; `git checkout {path}` and run again: DVC finds later results in its cache")
+        raise ValueError(f"{path} is cut off: a kill met DVC as it wrote it; `git checkout {path}` and run again, DVC has later results in its cache")
     old, new = (path, copy) if is_whole else (copy, path)
     with replacing(new) as partial:
         shutil.copy(old, partial)

@@ -63,6 +63,7 @@ def prune(
     batch_size: int = 8,
     seed: int = 0,
     layout: str = "free",
+    transposable: bool = False,
     learn: LearnConfig | None = None,
 ) -> PruneResult:
     """Prune a causal language model to N:M sparsity, in place.
@@ -77,6 +78,7 @@ def prune(
         sequences: calibration sequences; with `lcp` one eighth of them is held out to choose the best epoch.
         length: tokens per sequence; None for the model's context, at most 1024.
         layout: `free`, every linear group its own order, or `foldable`, orders that fold away into a stock checkpoint.
+        transposable: whether masks are N:M along the output channels too; see `PruningMethod`.
         learn: settings of `lcp`; None for `recipe: best`.
 
     Raises:
@@ -87,11 +89,12 @@ def prune(
         >>> result = prune(model, tokenizer, texts, pattern="2:4", permutation="cp")  # doctest: +SKIP
         >>> result.model.save_pretrained("pruned")  # doctest: +SKIP
     """
-    method, parsed = PruningMethod(score, permutation, update, seed, layout), NMPattern.parse(pattern)
+    method, parsed = PruningMethod(score, permutation, update, seed, layout, transposable), NMPattern.parse(pattern)
     adapter = adapter_of(model)
     check_finite(model)
     config = replace(learn or LearnConfig.from_recipe({"seed": seed, "batch_size": batch_size}), layout=layout)
     parsed.check_widths(adapter.widths(model))
+    method.check_outputs(adapter.output_widths(model), parsed)
     if method.is_learned:
         config.check_widths(adapter.widths(model), parsed)
     length = length or min(LONGEST_DEFAULT, context_length(model.config))

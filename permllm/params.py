@@ -196,8 +196,14 @@ class Params:
         params = self.model(name)
         skeleton = load_skeleton(params.model_source())
         adapter, heads = adapter_of(skeleton), Heads.of(skeleton.config)
-        widths, groups = adapter.widths(skeleton), group_widths(model_weights(skeleton, adapter), adapter)
+        widths, outputs = adapter.widths(skeleton), adapter.output_widths(skeleton)
+        groups = group_widths(model_weights(skeleton, adapter), adapter)
         checks = [lambda pattern=pattern: NMPattern.parse(pattern).check_widths(widths) for pattern in self.run.patterns]
+        checks += [
+            lambda method=method, pattern=pattern: self.method(method).pruning().check_outputs(outputs, NMPattern.parse(pattern))
+            for method in self.run.methods
+            for pattern in self.run.patterns
+        ]
         checks += [
             lambda method=method, pattern=pattern: self.learn(name, method).check_widths(widths, NMPattern.parse(pattern))
             for method in self.run.learned

@@ -137,11 +137,16 @@ class ModelAdapter:
 
     def widths(self, model: nn.Module) -> dict[str, int]:
         """Return the input channels of every target linear, by full path."""
-        return {
-            self.path(index, path): linear.in_features
-            for index, layer in enumerate(self.layers(model))
-            for path, linear in self.linears(layer).items()
-        }
+        return {path: linear.in_features for path, linear in self._targets(model)}
+
+    def output_widths(self, model: nn.Module) -> dict[str, int]:
+        """Return the output channels of every target linear, by full path."""
+        return {path: linear.out_features for path, linear in self._targets(model)}
+
+    def _targets(self, model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+        for index, layer in enumerate(self.layers(model)):
+            for path, linear in self.linears(layer).items():
+                yield self.path(index, path), linear
 
     def audit(self, model: nn.Module) -> None:
         """Prove that the targets are all there is to prune in every decoder layer.

@@ -9,6 +9,7 @@ from torch import Tensor
 from permllm.calibration.statistics import ActivationStats
 from permllm.lookup import lookup
 from permllm.models.adapter import is_finite
+from permllm.permutation.heuristic import heuristic_permutation
 from permllm.permutation.permutation import Permutation
 from permllm.permutation.search import Problem
 from permllm.pruning.layout import LAYOUTS
@@ -20,16 +21,15 @@ from permllm.pruning.updates.least_squares import least_squares
 from permllm.pruning.updates.reconstruction import larger_dampings
 from permllm.pruning.updates.sparsegpt import sparsegpt
 from permllm.pruning.updates.swaps import fitted_swaps, swaps
-from permllm.sparsity.mask import nm_mask
+from permllm.sparsity.mask import best_mask
 from permllm.sparsity.pattern import NMPattern
-from permllm.sparsity.transposable import transposable_mask
 
 Update = Callable[[Tensor, ActivationStats, NMPattern, Tensor], tuple[Tensor, Tensor]]
 UPDATES: dict[str, Update] = {
     "sparsegpt": sparsegpt, "least_squares": least_squares, "admm": admm, "adaptive_admm": adaptive_admm, "alps": alps,
     "swaps": swaps, "fitted_swaps": fitted_swaps,
 }  # fmt: skip
-MASK_KEEPING_UPDATES = ("least_squares", "admm")  # the others choose masks of their own
+ROW_UPDATES = ("swaps", "fitted_swaps")  # these choose masks row by row
 LEARNED_PERMUTATION = "lcp"
 
 
@@ -44,6 +44,7 @@ class PruningMethod:
         layout: `free`, every linear group its own order, or `foldable`, orders that fold away; see `LAYOUTS`.
         update: what new values the kept weights get: None, or an entry of `UPDATES`, of which some choose the masks too.
         transposable: whether masks are N:M along the output channels too, so that the backward pass is sparse as well.
+            Unless the permutation is `identity`, the output channels then have an order of their own, by the heuristic.
 
     Raises:
         ValueError: if one of the names is unknown, or the update chooses masks that are not transposable.
@@ -62,13 +63,28 @@ class PruningMethod:
         lookup(LAYOUTS, self.layout, "layout")
         if self.update is not None:
             lookup(UPDATES, self.update, "weight update")
-        if self.transposable and self.update not in (None, *MASK_KEEPING_UPDATES):
-            raise ValueError(f"update {self.update} chooses masks that are not transposable; choose {' or '.join(MASK_KEEPING_UPDATES)}, or none")
+        if self.transposable and self.update in ROW_UPDATES:
+            others = [name for name in UPDATES if name not in ROW_UPDATES]
+            raise ValueError(f"update {self.update} chooses masks row by row, which are not transposable; choose one of {', '.join(others)}, or none")
 
     @property
     def is_learned(self) -> bool:
         """Whether the permutations come from training."""
         return self.permutation == LEARNED_PERMUTATION
+
+    @property
+    def orders_rows(self) -> bool:
+        """Whether output channels are reordered too."""
+        return self.transposable and self.permutation != "identity"
+
+    def check_outputs(self, out_channels: Mapping[str, int], pattern: NMPattern) -> None:
+        """Refuse linears whose output channels a transposable pattern does not divide, all of them at once.
+
+        Raises:
+            ValueError: naming every linear whose output is not a multiple of M.
+        """
+        if self.transposable:
+            pattern.check_widths({f"the output of {name}": width for name, width in out_channels.items()})
 
 
 @dataclass(frozen=True)
@@ -78,10 +94,12 @@ class PrunedLinear:
     Attributes:
         mask: (out, in) bool, True = kept, in the original channel order.
         weight: (out, in) float32 new weight, exactly 0 where pruned; None if the kept weights stay as they are.
+        rows: the order of the output channels under which a transposable mask is N:M along them; None for their own.
     """
 
     mask: Tensor
     weight: Tensor | None = None
+    rows: Permutation | None = None
 
     def apply(self, weight: Tensor) -> Tensor:
         """Return the pruned weight in the dtype of the original one, zeros as +0.0."""
@@ -154,12 +172,14 @@ def _prune_group(
         generator = generator or torch.Generator().manual_seed(method.seed)
         permutation = find_permutation(method.permutation, weights, scores, stats, pattern, generator)
     permutation = permutation.canonical(pattern.group)
-    choose = transposable_mask if method.transposable else nm_mask
-    masks = {path: permutation.inverse().apply(choose(permutation.apply(score), pattern)) for path, score in scores.items()}
-    if method.update is None:
-        linears = {path: PrunedLinear(mask) for path, mask in masks.items()}
-    else:
-        linears = _updated(weights, masks, stats, permutation, pattern, lookup(UPDATES, method.update, "weight update"))
+    pattern = replace(pattern, transposable=method.transposable)
+    linears = {}
+    for path, score in scores.items():
+        rows = heuristic_permutation(score.t(), pattern).canonical(pattern.group) if method.orders_rows else None
+        mask = best_mask(_arranged(score, permutation, rows), pattern)
+        linears[path] = PrunedLinear(_put_back(mask, permutation, rows), rows=rows)
+    if method.update is not None:
+        linears = _updated(weights, linears, stats, permutation, pattern, lookup(UPDATES, method.update, "weight update"))
     kept = sum(float((scores[path] * linear.mask).sum(dtype=torch.float64)) for path, linear in linears.items())
     total = sum(float(score.sum(dtype=torch.float64)) for score in scores.values())
     return PrunedGroup(permutation, linears, kept / total if total else 1.0, _output_error(weights, linears, stats))
@@ -183,16 +203,33 @@ def find_permutation(
     return lookup(PERMUTATIONS, name, "permutation")([Problem(weight, score, stats.gram)], pattern, None, generator)
 
 
+def _arranged(tensor: Tensor, columns: Permutation, rows: Permutation | None) -> Tensor:
+    """Return an (out, in) tensor in the order in which it is pruned."""
+    return columns.apply(tensor if rows is None else rows.apply(tensor, 0))
+
+
+def _put_back(tensor: Tensor, columns: Permutation, rows: Permutation | None) -> Tensor:
+    """Undo `_arranged`."""
+    return _arranged(tensor, columns.inverse(), rows and rows.inverse())
+
+
 def _updated(
-    weights: Mapping[str, Tensor], masks: Mapping[str, Tensor], stats: ActivationStats, permutation: Permutation, pattern: NMPattern, update: Update
+    weights: Mapping[str, Tensor],
+    linears: Mapping[str, PrunedLinear],
+    stats: ActivationStats,
+    permutation: Permutation,
+    pattern: NMPattern,
+    update: Update,
 ) -> dict[str, PrunedLinear]:
     """Update all linears together, in the permuted order: they share their factorisations."""
-    weight, mask = permutation.apply(torch.cat([weight.float() for weight in weights.values()])), permutation.apply(torch.cat(list(masks.values())))
+    rows = {path: linear.rows for path, linear in linears.items()}
+    weight = torch.cat([_arranged(weight.float(), permutation, rows[path]) for path, weight in weights.items()])
+    mask = torch.cat([_arranged(linears[path].mask, permutation, rows[path]) for path in weights])
     gram = permutation.apply(permutation.apply(stats.gram, 0), 1)
     new_weight, mask = update(weight, ActivationStats(gram, stats.tokens), pattern, mask)
-    rows, back = [len(linear) for linear in weights.values()], permutation.inverse()
-    parts = zip(weights, back.apply(mask).split(rows), back.apply(new_weight).split(rows), strict=True)
-    return {path: PrunedLinear(mask_part, weight_part) for path, mask_part, weight_part in parts}
+    counts = [len(weight) for weight in weights.values()]
+    parts = zip(weights, mask.split(counts), new_weight.split(counts), strict=True)
+    return {path: PrunedLinear(*(_put_back(part, permutation, rows[path]) for part in both), rows[path]) for path, *both in parts}
 
 
 def _output_error(weights: Mapping[str, Tensor], linears: Mapping[str, PrunedLinear], stats: ActivationStats) -> float:

@@ -190,6 +190,8 @@ def _pack_group(name: str, group: PrunedGroup) -> Iterator[tuple[str, Tensor]]:
         yield f"{path}.mask", pack_mask(linear.mask)
         if linear.weight is not None:
             yield f"{path}.weight", linear.weight
+        if linear.rows is not None:
+            yield f"{path}.rows", linear.rows.order.int()
 
 
 def _record(group: PrunedGroup) -> dict[str, Any]:
@@ -201,7 +203,8 @@ def _record(group: PrunedGroup) -> dict[str, Any]:
 def _unpack_group(tensors: Mapping[str, Tensor], name: str, record: Mapping[str, Any]) -> PrunedGroup:
     permutation = Permutation(tensors[f"{name}.order"].to(torch.int64))
     masks = {path: unpack_mask(tensors[f"{path}.mask"], len(permutation)) for path in record["linears"]}
-    linears = {path: PrunedLinear(mask, tensors.get(f"{path}.weight")) for path, mask in masks.items()}
+    rows = {path: Permutation(tensors[f"{path}.rows"].to(torch.int64)) if f"{path}.rows" in tensors else None for path in masks}
+    linears = {path: PrunedLinear(mask, tensors.get(f"{path}.weight"), rows[path]) for path, mask in masks.items()}
     return PrunedGroup(permutation, linears, record["retained_score"], record["output_error"], record.get("damping"))
 
 

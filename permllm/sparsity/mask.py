@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from permllm.sparsity.pattern import NMPattern
+from permllm.sparsity.transposable import transposable_mask
 
 # Up to this group size M (M - 1) / 2 whole-tensor comparisons are faster than a sort: nine times for 4, three for 8.
 LARGEST_COMPARED_GROUP = 16
@@ -43,6 +44,15 @@ def nm_mask(score: Tensor, pattern: NMPattern, dim: int = -1, dtype: torch.dtype
             losses[second] += wins
     kept = [count < pattern.kept if dtype == torch.bool else count.lt_(pattern.kept) for count in losses]
     return torch.stack(kept, dim=dim + 1).flatten(dim, dim + 1)
+
+
+def best_mask(score: Tensor, pattern: NMPattern) -> Tensor:
+    """Keep the most score that a pattern allows: `transposable_mask` if it is transposable, else `nm_mask`.
+
+    Args:
+        score: (out, in). A sum of scores decides over a transposable mask, so its scale matters there, not only its order.
+    """
+    return transposable_mask(score, pattern) if pattern.transposable else nm_mask(score, pattern)
 
 
 def group_softmax(score: Tensor, pattern: NMPattern) -> Tensor:

@@ -8,10 +8,10 @@ from typing import Self
 
 @dataclass(frozen=True)
 class NMPattern:
-    """Keep `kept` weights of every `group` consecutive input channels.
+    """Keep `kept` weights of every `group` consecutive input channels; if it is transposable, of as many output channels too.
 
     >>> NMPattern.parse("2:4")
-    NMPattern(kept=2, group=4)
+    NMPattern(kept=2, group=4, transposable=False)
 
     Raises:
         ValueError: unless 0 < kept < group.
@@ -19,6 +19,7 @@ class NMPattern:
 
     kept: int
     group: int
+    transposable: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.kept < self.group:
@@ -38,6 +39,11 @@ class NMPattern:
 
     def __str__(self) -> str:
         return f"{self.kept}:{self.group}"
+
+    @property
+    def rows_together(self) -> int:
+        """How many consecutive rows of a weight one choice of a mask is about."""
+        return self.group if self.transposable else 1
 
     @property
     def sparsity(self) -> float:

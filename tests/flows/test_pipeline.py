@@ -195,7 +195,7 @@ def test_a_lock_file_that_is_cut_off_without_a_copy_is_refused_and_one_with_a_co
     subprocess.run([sys.executable, "-m", "dvc", "repro", "--quiet"], env=module.environment(), check=True)
     whole = Path("dvc.lock").read_text()
     Path("dvc.lock").write_text(whole[:-20])
-    with pytest.raises(SystemExit, match="dvc.lock is cut off.*git checkout dvc.lock"):
+    with pytest.raises(SystemExit, match=r"dvc\.lock is cut off.*git checkout dvc\.lock"):
         module.main([])
     conflict = f"<<<<<<< here\n{whole}=======\n>>>>>>> there\n"
     Path("dvc.lock").write_text(conflict)

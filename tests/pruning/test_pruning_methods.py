@@ -225,16 +225,37 @@ def test_unknown_choices_list_the_known_ones(settings, message):
         PruningMethod(**settings)
 
 
-def test_transposable_masks_are_n_of_m_both_ways_in_the_permuted_order():
+@pytest.mark.parametrize("update", [None, "least_squares", "admm", "adaptive_admm", "sparsegpt", "alps"])
+@pytest.mark.parametrize("permutation", ["identity", "cp"])
+def test_transposable_masks_are_n_of_m_both_ways_in_the_order_of_rows_and_columns(update, permutation):
     weights, _, stats = group()
-    weights = {"up": weights["up"][:8]}
-    for update in (None, "least_squares"):
-        pruned = prune_group(weights, stats, PATTERN, PruningMethod(permutation="cp", update=update, transposable=True))
-        mask = pruned.permutation.apply(pruned.linears["up"].mask)
+    weights = {"up": weights["up"][:8], "gate": weights["up"][4:8]}
+    pruned = prune_group(weights, stats, PATTERN, PruningMethod(permutation=permutation, update=update, transposable=True))
+    for path, linear in pruned.linears.items():
+        assert (linear.rows is None) == (permutation == "identity")
+        rows = linear.rows or Permutation.identity(len(weights[path]))
+        mask = rows.apply(pruned.permutation.apply(linear.mask), 0)
         for one in (mask, mask.t()):
             assert (one.unflatten(1, (-1, 4)).sum(-1) == 2).all()
-    with pytest.raises(ValueError, match="update alps chooses masks that are not transposable; choose least_squares or admm"):
-        PruningMethod(update="alps", transposable=True)
+        if linear.weight is not None:
+            assert (linear.weight[~linear.mask] == 0).all()
+
+
+def test_an_order_of_the_rows_lets_transposable_masks_keep_more():
+    score = torch.rand(16, 16, generator=torch.Generator().manual_seed(0)) + 9 * torch.eye(4).kron(torch.ones(4, 4))  # large ones side by side
+    kept = {}
+    for permutation in ("identity", "cp"):
+        method = PruningMethod("magnitude", permutation, transposable=True)
+        kept[permutation] = prune_group({"up": score}, ActivationStats(torch.eye(16), 100), PATTERN, method).retained_score
+    assert kept["cp"] > 1.5 * kept["identity"]
+
+
+def test_updates_that_go_row_by_row_and_outputs_that_m_does_not_divide_are_refused_for_transposable_masks():
+    with pytest.raises(ValueError, match="update swaps chooses masks row by row, .* choose one of sparsegpt, least_squares, admm, "):
+        PruningMethod(update="swaps", transposable=True)
+    with pytest.raises(ValueError, match="the output of q has 6, the output of v has 10"):
+        PruningMethod(transposable=True).check_outputs({"q": 6, "k": 8, "v": 10}, PATTERN)
+    PruningMethod().check_outputs({"q": 6}, PATTERN)
 
 
 def test_a_damping_that_had_to_grow_is_part_of_the_result():

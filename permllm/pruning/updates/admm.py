@@ -10,7 +10,7 @@ from torch import Tensor
 
 from permllm.calibration.statistics import ActivationStats
 from permllm.pruning.updates.reconstruction import Reconstruction
-from permllm.sparsity.mask import nm_mask
+from permllm.sparsity.mask import best_mask
 from permllm.sparsity.pattern import NMPattern
 
 DAMPING = 0.1  # of the scaled Gram matrix's diagonal
@@ -46,10 +46,10 @@ def adaptive_admm(weight: Tensor, stats: ActivationStats, pattern: NMPattern, ma
         if iteration >= ADAPTING:
             return None
         remaining = 1 - (iteration + 1) / ADAPTING
-        return gradual_mask(values.abs(), pattern, 1 - remaining**3)
+        return gradual_mask(values.square(), pattern, 1 - remaining**3)
 
     solution, chosen = _iterate(problem, choose, ITERATIONS)
-    return problem.finish(solution, chosen, mask)
+    return problem.finish(solution, chosen, mask, pattern.rows_together)
 
 
 def gradual_mask(score: Tensor, pattern: NMPattern, share: float) -> Tensor:
@@ -62,7 +62,7 @@ def gradual_mask(score: Tensor, pattern: NMPattern, share: float) -> Tensor:
     Returns:
         (out, in) bool; an N:M mask if `share` is 1.
     """
-    kept = nm_mask(score, pattern)
+    kept = best_mask(score, pattern)
     removable = score.shape[1] - score.shape[1] // pattern.group * pattern.kept
     lowest = score.masked_fill(kept, torch.inf).topk(round(share * removable), dim=1, largest=False).indices
     return torch.ones_like(kept).scatter_(1, lowest, False)

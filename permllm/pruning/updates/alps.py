@@ -12,7 +12,7 @@ from torch import Tensor
 from permllm.calibration.statistics import ActivationStats
 from permllm.pruning.updates.least_squares import fit
 from permllm.pruning.updates.reconstruction import Reconstruction
-from permllm.sparsity.mask import nm_mask
+from permllm.sparsity.mask import best_mask
 from permllm.sparsity.pattern import NMPattern
 
 logger = logging.getLogger(__name__)
@@ -35,8 +35,8 @@ def alps(weight: Tensor, stats: ActivationStats, pattern: NMPattern, mask: Tenso
     pattern.check_widths({"the weight": weight.shape[1]})
     problem = Reconstruction.of(weight, stats, DAMPING)
     sparse = _sparse_weight(problem, pattern)
-    chosen = nm_mask(sparse.abs(), pattern)
-    return problem.finish(fit(problem, chosen, sparse), chosen, mask)
+    chosen = best_mask(sparse.square(), pattern)
+    return problem.finish(fit(problem, chosen, sparse), chosen, mask, pattern.rows_together)
 
 
 def _sparse_weight(problem: Reconstruction, pattern: NMPattern) -> Tensor:
@@ -45,11 +45,11 @@ def _sparse_weight(problem: Reconstruction, pattern: NMPattern) -> Tensor:
     values, vectors = values.to(problem.gram.dtype), vectors.to(problem.gram.dtype)
     pulled = (problem.target @ problem.gram) @ vectors  # of H T all that is needed, in the basis of H
     sparse, dual, penalty = problem.target, torch.zeros_like(problem.target), START_PENALTY
-    support = nm_mask(sparse.abs(), pattern)
+    support = best_mask(sparse.square(), pattern)
     for iteration in range(1, MOST_ITERATIONS + 1):
         dense = ((pulled + (penalty * sparse - dual) @ vectors) / (values + penalty)) @ vectors.t()
         wanted = dense + dual / penalty
-        mask = nm_mask(wanted.abs(), pattern)
+        mask = best_mask(wanted.square(), pattern)
         sparse = wanted * mask
         dual = dual + penalty * (dense - sparse)
         if iteration % CHECK_EVERY == 0:

@@ -144,16 +144,18 @@ class Reconstruction:
         change = solution - self.target
         return ((change @ self.gram - self.damping * change) * change).sum(1, dtype=torch.float64)
 
-    def finish(self, solution: Tensor, mask: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+    def finish(self, solution: Tensor, mask: Tensor, start: Tensor, rows_together: int = 1) -> tuple[Tensor, Tensor]:
         """Return weight and mask in the channels as they came, of V where it is no worse than the start, row by row.
 
         Args:
             solution: (out, in), V, which may be anything where `mask` (out, in) does not keep it.
             start: (out, in) mask, that the dense weight is kept by in rows where V is worse; a warning tells how many.
+            rows_together: how many consecutive rows have a mask in common, and so take V or leave it together.
         """
         dense = self.weight.masked_fill(~start, 0.0)
         allowed = self.errors(self.target * start) + ROUNDING * self.errors(torch.zeros_like(self.target))
-        is_worse = ~(self.errors(solution * mask) <= allowed)  # and where it is NaN
+        found, allowed = (errors.view(-1, rows_together).sum(1) for errors in (self.errors(solution * mask), allowed))
+        is_worse = (~(found <= allowed)).repeat_interleave(rows_together)  # and where it is NaN
         if is_worse.any():
             logger.warning(
                 "the update raises the output error of %d of %d rows: these keep the mask and the weights that they had",

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from permllm.calibration.statistics import ActivationStats
 from permllm.pruning.updates.reconstruction import ROUNDING, check_gram, damped
-from permllm.sparsity.mask import nm_mask
+from permllm.sparsity.mask import best_mask
 from permllm.sparsity.pattern import NMPattern
 
 logger = logging.getLogger(__name__)
@@ -26,6 +26,7 @@ def sparsegpt(weight: Tensor, stats: ActivationStats, pattern: NMPattern, mask: 
     Args:
         weight: (out, in), in the order in which it is pruned.
         stats: of the linear's input, in the same order.
+        pattern: M consecutive rows choose together if it is transposable.
         mask: (out, in) bool, not read by the sweep: what is kept instead, with the dense weight, should the sweep change
             the output more, of which a warning tells; None for no such check.
 
@@ -84,7 +85,7 @@ def _sweep(weight: Tensor, mask: Tensor, factor: Tensor, pattern: NMPattern) -> 
     for column in range(weight.shape[1]):
         if column % pattern.group == 0:
             group = slice(column, column + pattern.group)
-            mask[:, group] = nm_mask((weight[:, group] / factor.diagonal()[group]).square(), pattern)
+            mask[:, group] = best_mask((weight[:, group] / factor.diagonal()[group]).square(), pattern)
         removed = weight[:, column].masked_fill(mask[:, column], 0.0)
         errors[:, column] = removed / factor[column, column]
         # The column keeps what its mask keeps; every later column of the block absorbs its share of what goes.

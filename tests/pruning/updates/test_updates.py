@@ -1,11 +1,14 @@
 """What every update promises, whatever it does: N:M masks, no larger errors, and plain words about bad input."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from permllm.calibration.statistics import ActivationStats
 from permllm.pruning.methods import UPDATES, PruningMethod, prune_group
 from permllm.pruning.updates.reconstruction import Reconstruction, damped
+from permllm.sparsity.mask import best_mask
 from permllm.sparsity.pattern import NMPattern
 
 PATTERN = NMPattern(2, 4)
@@ -179,6 +182,30 @@ def test_damping_that_does_not_suffice_grows_and_is_told(case, name, caplog):
 def test_a_width_that_the_group_does_not_divide_is_refused(name):
     with pytest.raises(ValueError, match="the weight has 10"):
         UPDATES[name](torch.zeros(2, 10), ActivationStats(torch.eye(10), 40), PATTERN, torch.ones(2, 10).bool())
+
+
+@pytest.mark.parametrize("name", ["sparsegpt", "alps", "adaptive_admm"])
+@pytest.mark.parametrize("text", ["2:4", "4:8"])
+def test_updates_that_choose_masks_choose_transposable_ones_where_the_pattern_is(case, name, text):
+    pattern = replace(NMPattern.parse(text), transposable=True)
+    for seed in range(3):
+        given = case(seed=seed, out_channels=16)
+        mask = best_mask(given.weight.abs() * given.stats.norms, pattern)
+        updated, chosen = UPDATES[name](given.weight, given.stats, pattern, mask)
+        for one in (chosen, chosen.t()):
+            assert (one.unflatten(1, (-1, pattern.group)).sum(-1) == pattern.kept).all()
+        assert given.error(updated) < given.error(given.weight * mask)
+        free, _ = UPDATES[name](given.weight, given.stats, replace(pattern, transposable=False), given.mask(pattern))
+        assert given.error(free) < given.error(updated)
+
+
+def test_rows_that_share_a_mask_keep_what_they_had_together(case):
+    given = case()
+    problem, mask = Reconstruction.of(given.weight, given.stats, 0.01), given.mask(PATTERN)
+    solution = problem.target.clone()
+    solution[2] *= 30
+    updated, chosen = problem.finish(solution, mask.flip(1), mask, rows_together=4)
+    assert torch.equal(chosen[:4], mask[:4]) and torch.equal(updated[:4], (given.weight * mask)[:4])
 
 
 def test_rows_that_are_worse_keep_what_they_had_and_a_warning_tells(case, caplog):
