@@ -14,5 +14,7 @@ TELEMETRY_OFF = {
 }
 # What the tools remember stays in the folder of the project, not in the home of the user.
 AT_HOME = {"PREFECT_HOME": str(Path.cwd() / ".prefect")}
-for name, value in (TELEMETRY_OFF | AT_HOME).items():
+# A flow without a server starts one for itself; on a busy machine that takes longer than Prefect waits, 20 s.
+PATIENT = {"PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120"}
+for name, value in (TELEMETRY_OFF | AT_HOME | PATIENT).items():
     os.environ.setdefault(name, value)

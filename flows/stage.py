@@ -26,8 +26,9 @@ logger = logging.getLogger("permllm")
 
 
 def run_stage(name: str, stage: StageFunction, arguments: tuple[str, ...], argv: list[str] | None = None) -> None:
-    """Run one stage as a command, and write what it measured to its metrics file.
+    """Run one stage as a command, and write what it measured to its metrics file, if it is one of a model.
 
+    What compares models has none: `report` depends on all of data/metrics, and would be out of date with its own or a study's.
     Only one process may be at a setting. What a stage keeps of its work goes away when the metrics file is written, not before.
 
     Args:
@@ -50,7 +51,8 @@ def run_stage(name: str, stage: StageFunction, arguments: tuple[str, ...], argv:
             if metrics is None:
                 return
             seconds = time.perf_counter() - started
-            write_json(setting.metrics(name), {**metrics, "seconds": round(seconds, 3)})
+            if setting.model:
+                write_json(setting.metrics(name), {**metrics, "seconds": round(seconds, 3)})
     except (ValueError, ArithmeticError, OSError) as error:  # what the user can mend; anything else is ours and keeps its traceback
         sys.exit(f"permllm {name}: {error}{_put_back()}")
     logger.info("%s %s: %.1f s", name, setting.title, seconds)

@@ -81,6 +81,18 @@ def content(folder: Path) -> dict[str, bytes]:
 
 def test_a_second_run_executes_nothing(ready):
     assert "Running stage" not in dvc("repro")
+    assert not Path("data/metrics/report.json").exists()  # of what no model is behind: it would be out of date with itself
+
+
+def test_without_learned_methods_the_report_needs_none(ready):
+    write_params({**PARAMS, "run": {**PARAMS["run"], "learned": [], "methods": ["wanda"]}})
+    Path("data/learn").rename("learned")
+    try:
+        assert executed(dvc("repro")) == ["report"]
+    finally:
+        Path("learned").rename("data/learn")
+        write_params(PARAMS)
+    assert executed(dvc("repro")) == ["report"]
 
 
 def test_changing_one_method_reruns_that_method_alone_and_changing_it_back_reruns_none(ready):
