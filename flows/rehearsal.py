@@ -41,6 +41,7 @@ QUESTIONS = [{"query": f"Number {number} is", "choices": ["even", "odd"], "gold"
 RESULTS = ("calibrate", "prune", "learn", "assemble", "benchmark", "metrics")  # below data/
 UNREPEATABLE = ("seconds",)  # of a metrics file
 SLOW_IMPORTS = ("lm_eval.models.huggingface", "lm_eval.tasks", "datasets", "transformers.models.llama.modeling_llama", "matplotlib.pyplot")
+STALE = "0" * 32  # no hash of any input
 DONE_ALREADY = r"{}: (\d+) of \d+ are done already"
 PATIENCE = 120  # seconds for what takes one or two
 
@@ -300,10 +301,12 @@ class Rehearsal:
         self.wait_for_the_end(stage)
         metrics = stage.setting.metrics(stage.name)
         is_whole = metrics.exists() and metrics.stat().st_mtime_ns > started
-        lost, spoiled, kept = self._gone(before, stage), self.spoiled(), parts_kept(stage)
-        mended = mend()
-        is_recorded = stage.address in read_records()
-        lost += [f"{address} is recorded no more" for address in sorted(recorded - read_records().keys())]
+        spoiled, kept, mended = self.spoiled(), parts_kept(stage), mend()
+        is_recorded = not _is_stale(read_records()[stage.address])
+        lost = [f"{address} is recorded no more" for address in sorted(recorded - read_records().keys())]
+        if not is_recorded:
+            self.dvc("checkout", "--force", stage.address)  # DVC removes earlier results before it runs a stage, and can put them back
+        lost += self._gone(before, stage)
         log = self.dvc(*_repro(stage))
         lost += [f"{stage.address} was recorded and ran again"] if is_recorded and f"Running stage '{stage.address}'" in log else []
         lost += _done_again(stage, kept, log)
@@ -311,15 +314,11 @@ class Rehearsal:
         return Kill(stage.address, how, moment, tuple(lost), (*spoiled, *self.differences()), is_whole and not is_recorded, bool(mended))
 
     def _gone(self, before: Mapping[str, str], stage: Stage) -> list[str]:
-        """Say which results were there before, and are neither there nor where they wait for the new ones.
-
-        DVC removes the metrics of a stage before it runs it; the results stay until the new ones are whole.
-        """
+        """Say which results were there before, and are neither there nor where they wait for the new ones."""
         return [
             f"{path} is gone"
             for path in before
             if not Path(path).exists()
-            and Path(path) != stage.setting.metrics(stage.name)
             and not any(Path(path).is_relative_to(folder) and folder.with_name(f".{folder.name}.old.partial").exists() for folder in stage.outputs())
         ]
 
@@ -328,10 +327,11 @@ class Rehearsal:
             raise RehearsalError(f"{stage.address} has other results than before, undisturbed: {', '.join(wrong)}")
 
     def forget(self, stage: Stage) -> None:
-        """Have dvc.lock say that a stage did not run."""
+        """Have dvc.lock say that a stage saw another input, and DVC forget all runs: it runs the stage and restores none."""
         lock = read_yaml(Path("dvc.lock"))
-        lock["stages"].pop(stage.address, None)
+        lock["stages"][stage.address]["deps"][0]["md5"] = STALE
         YAML().dump(lock, Path("dvc.lock"))
+        shutil.rmtree(".dvc/cache/runs", ignore_errors=True)
 
     def _children(self, stage: Stage) -> list[int]:
         return [process for process, command in _processes(self.folder) if f"flows.{stage.name}" in command]
@@ -380,6 +380,10 @@ def parts_kept(stage: Stage) -> dict[str, int]:
             number = State.read(folder / "state.pt").epochs or len(Scratch(folder)) or len(list(folder.glob("result_*.json")))
             found |= {stage.part: number} if stage.part and number else {}
     return found
+
+
+def _is_stale(record: Mapping[str, Any]) -> bool:
+    return record["deps"][0]["md5"] == STALE
 
 
 def _done_again(stage: Stage, kept: Mapping[str, int], log: str) -> list[str]:
