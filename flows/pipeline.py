@@ -15,11 +15,13 @@ from graphlib import TopologicalSorter
 from queue import SimpleQueue
 from typing import Any
 
-from prefect import flow, get_run_logger, task
+import httpx
+from prefect import Flow, flow, get_run_logger, task
 from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.futures import PrefectFuture, wait
+from prefect.settings import PREFECT_API_URL
 from prefect.states import Completed
 from prefect.task_runners import ThreadPoolTaskRunner
 from prefect.tasks import Task
@@ -227,12 +229,12 @@ def _rows(stages: Stages, futures: Mapping[str, PrefectFuture]) -> list[dict[str
 
 
 def _publish(rows: list[dict[str, Any]]) -> None:
-    """Show the states as an artifact of the run, and in its log."""
+    """Show the states in the log of the run, and as its artifact."""
     counts = ", ".join(f"{count} {state}" for state, count in Counter(row["state"] for row in rows).items())
-    create_table_artifact(key="stages", table=rows, description=f"What DVC did with every stage: {counts}")
     width = max(len(row["stage"]) for row in rows)
     table = "\n".join(f"{row['stage']:<{width}}  {row['state']:<8}  {row['seconds']:8.2f} s" for row in rows)
     get_run_logger().info("stages: %s\n%s", counts, table)
+    create_table_artifact(key="stages", table=rows, description=f"What DVC did with every stage: {counts}")
 
 
 def choice_of_stages(parser: argparse.ArgumentParser, argv: list[str] | None) -> dict[str, Any]:
@@ -254,15 +256,28 @@ def choice_of_stages(parser: argparse.ArgumentParser, argv: list[str] | None) ->
     return choice
 
 
+def run_as_command(flow: Flow, choice: Mapping[str, Any]) -> None:
+    """Run a flow, and say in one line why it failed.
+
+    Raises:
+        SystemExit: if it fails. If Prefect's server does not answer the process ends at once: what waits to be sent is for nobody.
+    """
+    try:
+        flow(**choice)
+    except (ValueError, PipelineFailed) as error:
+        sys.exit(f"{flow.name}: {error}")
+    except httpx.TransportError as error:
+        print(f"{flow.name}: Prefect's server at {PREFECT_API_URL.value()} does not answer ({error}); what has run is kept, run again when it does", file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
+
+
 def main(argv: list[str] | None = None) -> None:
     """Run the flow as a command."""
     parser = argparse.ArgumentParser(prog="python -m flows.pipeline", description="Run what is out of date of the pipeline.")
     parser.add_argument("--force", action="store_true", help="run stages that did not change too")
-    choice = choice_of_stages(parser, argv)
-    try:
-        pipeline(**choice)
-    except PipelineFailed as error:
-        sys.exit(f"pipeline: {error}")
+    run_as_command(pipeline, choice_of_stages(parser, argv))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from prefect.states import Cancelling, Crashed
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.graph import parts, read_stages, select
-from flows.pipeline import PipelineFailed, choice_of_stages, run_stages
+from flows.pipeline import PipelineFailed, choice_of_stages, run_as_command, run_stages
 from flows.remote import check_remote
 
 PART = "part/default"  # the deployment in prefect.yaml
@@ -158,10 +158,7 @@ def main(argv: list[str] | None = None) -> None:
     choice = choice_of_stages(parser, argv)
     if not PREFECT_API_URL.value():
         sys.exit("sweep: needs a Prefect server with workers: set PREFECT_API_URL, such as http://127.0.0.1:4200/api")
-    try:
-        sweep(**choice)
-    except (ValueError, PipelineFailed) as error:
-        sys.exit(f"sweep: {error}")
+    run_as_command(sweep, choice)
 
 
 if __name__ == "__main__":

@@ -59,14 +59,14 @@ class Server:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         self.api = f"http://127.0.0.1:{self.port}/api"
-        self.home, self.started = home, []
+        self.home, self.started, self.more = home, [], {}
 
     @property
     def environment(self) -> dict[str, str]:
         """Nothing of the Prefect of whoever runs the tests."""
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
         own = {"PREFECT_HOME": str(self.home / ".prefect"), "PREFECT_API_URL": self.api, "PATH": environment()["PATH"]}
-        return {**inherited, **flows.TELEMETRY_OFF, **QUICK, **own}
+        return {**inherited, **flows.TELEMETRY_OFF, **QUICK, **own, **self.more}
 
     def start(self, name: str, *command: str, folder: Path | None = None) -> psutil.Popen:
         """Start `python -m COMMAND` in a folder, where it finds the folder's own `flows`; its output goes to `NAME.log`."""
@@ -109,21 +109,36 @@ class Server:
                 process.kill()
 
 
-@pytest.fixture(scope="session")
-def common_server(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Iterator[Server]:
-    """A running server that knows the project's deployments."""
-    running = Server(tmp_path_factory.mktemp("server"))
+@contextlib.contextmanager
+def running_server(home: Path) -> Iterator[Server]:
+    """Yield a server when it answers."""
+    running = Server(home)
     try:
         running.start("server", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(running.port))
         deadline = time.monotonic() + 90
         while not running.is_healthy():
             assert time.monotonic() < deadline, "the server did not start"
             time.sleep(0.1)
-        running.call("work-pool", "create", "gpu", "--type", "process")
-        running.call("--no-prompt", "deploy", "--all", folder=repository)
         yield running
     finally:
         running.stop()
+
+
+@pytest.fixture
+def new_server(tmp_path: Path) -> Iterator[Server]:
+    """A running server for one test alone, whose clients give up at once when it is gone."""
+    with running_server(tmp_path) as running:
+        running.more = {"PREFECT_CLIENT_MAX_RETRIES": "0"}
+        yield running
+
+
+@pytest.fixture(scope="session")
+def common_server(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Iterator[Server]:
+    """A running server that knows the project's deployments."""
+    with running_server(tmp_path_factory.mktemp("server")) as running:
+        running.call("work-pool", "create", "gpu", "--type", "process")
+        running.call("--no-prompt", "deploy", "--all", folder=repository)
+        yield running
 
 
 @pytest.fixture

@@ -304,6 +304,21 @@ def test_the_deployment_turns_off_the_telemetry_of_all_tools(repository: Path):
         assert deployment["work_pool"]["job_variables"]["env"] == flows.TELEMETRY_OFF
 
 
+@pytest.mark.slow
+def test_where_the_server_dies_all_stages_run_and_the_flow_says_so(project: Path, new_server: Any, repository: Path):
+    set_params(models={"a": "sleep 5"})
+    Path("flows").symlink_to(repository / "flows")
+    flow = new_server.start("flow", "flows.pipeline", "--targets", "prune", folder=project)
+    wait_until(lambda: "Running stage" in new_server.log("flow").read_text())
+    for process in (*new_server.started[0].children(recursive=True), new_server.started[0]):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    assert flow.wait(timeout=120) == 1
+    said = new_server.log("flow").read_text()
+    assert "stages: 4 ran" in said
+    assert said.splitlines()[-1].startswith(f"pipeline: Prefect's server at {new_server.api} does not answer")
+
+
 @pytest.fixture
 def worker(project: Path, server: Any, repository: Path) -> psutil.Popen:
     """A worker in the folder of the project."""

@@ -19,7 +19,9 @@ def prune(llama, draw_tokens):
     return lambda method: list(prune_in_parallel(model_weights(llama, adapter), adapter, statistics, NMPattern(2, 4), method))
 
 
-@pytest.mark.parametrize("method", [PruningMethod(permutation="cp"), PruningMethod(update="sparsegpt")], ids=str)
+@pytest.mark.parametrize(
+    "method", [PruningMethod(permutation="cp"), PruningMethod(update="sparsegpt"), PruningMethod(permutation="cp", transposable=True)], ids=str
+)
 def test_pruned_layers_read_back_as_they_were_written(prune, method, tmp_path):
     layers = prune(method)
     save_pruning(tmp_path, iter(layers), {"pattern": "2:4"})
@@ -35,6 +37,7 @@ def test_pruned_layers_read_back_as_they_were_written(prune, method, tmp_path):
                 assert torch.equal(linear.mask, expected.mask)
                 assert (linear.weight is None) == (expected.weight is None)
                 assert linear.weight is None or torch.equal(linear.weight, expected.weight)
+                assert linear.rows == expected.rows and (linear.rows is not None) == method.transposable
 
 
 def test_the_summary_is_the_mean_over_all_groups(prune, tmp_path):
