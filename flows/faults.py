@@ -185,9 +185,10 @@ def prefect_server_gone(rehearsal: Rehearsal, _: Random) -> str:
             os.killpg(server.pid, signal.SIGKILL)
             try:
                 status = run.wait(timeout=240)
-            except subprocess.TimeoutExpired:
-                run.send_signal(signal.SIGTERM)
-                status = f"{run.wait()}, ended by hand after it had waited for the server for minutes"
+            except subprocess.TimeoutExpired as error:
+                run.kill()
+                run.wait()
+                raise RehearsalError("the flow did not end in four minutes after the server was gone") from error
     rehearsal.wait_for_the_end(EVALUATE)
     again = subprocess.run(flow, env=home, capture_output=True, text=True)
     _expect(again.returncode == 0, log.read_text() + again.stdout + again.stderr)

@@ -68,9 +68,16 @@ def read_stages(root: Path = Path()) -> Stages:
 
 
 def read_records(root: Path = Path()) -> Mapping[str, Any]:
-    """Read from `dvc.lock` what DVC recorded of every stage that has run."""
+    """Read from `dvc.lock` what DVC recorded of every stage that has run.
+
+    Raises:
+        ValueError: if the file is cut off.
+    """
     lock = root / "dvc.lock"
-    return read_yaml(lock)["stages"] if lock.exists() else {}
+    record = read_yaml(lock) if lock.exists() else {"stages": {}}
+    if not isinstance(record, Mapping) or not isinstance(record.get("stages"), Mapping):
+        raise ValueError(f"{lock} is cut off; `make mend` puts it back")
+    return record["stages"]
 
 
 def parts(stages: Stages) -> Mapping[str, tuple[str, ...]]:

@@ -32,6 +32,7 @@ from flows.processes import TRY_LATER, Commands, die_with_worker
 from flows.remote import check_remote
 
 BUSY = "is busy, it is being blocked by"  # what DVC says while another process has the stage
+CUT_OFF = "JSON structure is corrupted"  # what it says of a list of locks that is mended as soon as no other dvc is at work
 BUSY_DELAYS = [2, 5, 15]  # seconds before every new try, the last again and again
 BUSY_TRIES = 10_000  # two days
 SKIPPED = "Stage '{}' didn't change, skipping"
@@ -159,6 +160,7 @@ def repro(address: str, commands: Commands, gpu: str | None, remote: str | None,
 
 def _put_back(address: str, commands: Commands) -> None:
     """Fetch the earlier outputs of a failed stage from DVC's cache; DVC removed them before it ran the stage."""
+    mend()  # dvc may have been killed
     if address not in read_records():
         return
     try:
@@ -190,7 +192,7 @@ def _run(command: list[str], commands: Commands, gpu: str | None = None) -> list
 
     status = commands.run(command, environment(gpu), keep)
     if status:
-        failure = TryLater if status == TRY_LATER else StageBusy if any(BUSY in line for line in lines) else CommandFailed
+        failure = TryLater if status == TRY_LATER else StageBusy if any(BUSY in line or CUT_OFF in line for line in lines) else CommandFailed
         raise failure(f"{' '.join(command[2:])} ended with status {status}:\n" + "\n".join(filter(None, lines[-LAST_LINES:])))
     return lines
 
@@ -233,7 +235,11 @@ def _publish(rows: list[dict[str, Any]]) -> None:
     counts = ", ".join(f"{count} {state}" for state, count in Counter(row["state"] for row in rows).items())
     width = max(len(row["stage"]) for row in rows)
     table = "\n".join(f"{row['stage']:<{width}}  {row['state']:<8}  {row['seconds']:8.2f} s" for row in rows)
-    get_run_logger().info("stages: %s\n%s", counts, table)
+    log = get_run_logger()
+    log.info("stages: %s\n%s", counts, table)
+    for row in rows:
+        if row["reason"]:
+            log.error("%s %s: %s", row["stage"], row["state"], row["reason"])
     create_table_artifact(key="stages", table=rows, description=f"What DVC did with every stage: {counts}")
 
 
@@ -260,14 +266,17 @@ def run_as_command(flow: Flow, choice: Mapping[str, Any]) -> None:
     """Run a flow, and say in one line why it failed.
 
     Raises:
-        SystemExit: if it fails. If Prefect's server does not answer the process ends at once: what waits to be sent is for nobody.
+        SystemExit: if it fails. If a server of Prefect does not answer the process ends at once: what waits to be sent is for nobody.
     """
     try:
         flow(**choice)
     except (ValueError, PipelineFailed) as error:
         sys.exit(f"{flow.name}: {error}")
-    except httpx.TransportError as error:
-        print(f"{flow.name}: Prefect's server at {PREFECT_API_URL.value()} does not answer ({error}); what has run is kept, run again when it does", file=sys.stderr)
+    except httpx.HTTPError as error:
+        url = PREFECT_API_URL.value()
+        if url is None:  # the flow's own, which ends with this process
+            raise
+        print(f"{flow.name}: Prefect's server at {url} does not answer ({error}); what has run is kept, run again when it does", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(1)

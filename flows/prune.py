@@ -46,6 +46,7 @@ def prune_layers(params: Params, setting: Setting, stage: str, calibration: Cali
     for folder in (setting.path("prune"), home):
         need_disk(folder, pruning_bytes(files, method))
     weights = checkpoint_weights(files, adapter, len(statistics), device)
+    method.check_outputs({path: files.shapes[name][0] for path, name in weights.names.items()}, pattern)
     parts = [source_fingerprint("calibration", "models", "permutation", "pruning", "sparsity"), calibration.checksum]
     parts += [setting.pattern, vars(method), vars(config), source.dtype, str(device), model_params.calibrate.batch_size]
     parts.append(learned and learned.manifest["checksum"])

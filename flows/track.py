@@ -258,6 +258,8 @@ def main() -> None:
     except UnreachableError as error:
         logger.warning("%s", error)
         sys.exit(TRY_LATER)
+    except ValueError as error:
+        sys.exit(f"track: {error}")
     print(f"{new} new, {known} already there")
 
 

@@ -40,6 +40,7 @@ class PruneResult:
             that read the same tensor share it.
         retained_score, output_error: by the linear's path, of the linear group that it belongs to.
         history: how the permutations learned; empty without learning.
+        rows: of transposable masks, the order of the output channels, by the linear's path, where it is not their own.
     """
 
     model: "PreTrainedModel"
@@ -47,6 +48,7 @@ class PruneResult:
     retained_score: dict[str, float]
     output_error: dict[str, float]
     history: list[EpochRecord] = field(default_factory=list)
+    rows: dict[str, Permutation] = field(default_factory=dict)
 
 
 def prune(
@@ -108,6 +110,9 @@ def prune(
         permutations = find_permutations(layout, permutation, score, weights, adapter, Heads.of(model.config), statistics, parsed, generator)
     pruned = list(prune_in_parallel(model_weights(model, adapter), adapter, statistics, parsed, method, permutations))
     groups = {adapter.path(index, path): group for index, layer in enumerate(pruned) for group in layer.values() for path in group.linears}
+    linears = {
+        adapter.path(index, path): linear for index, layer in enumerate(pruned) for group in layer.values() for path, linear in group.linears.items()
+    }
     for layer, decided in zip(adapter.layers(model), pruned, strict=True):
         apply_layer(layer, decided)
     return PruneResult(
@@ -116,4 +121,5 @@ def prune(
         {path: group.retained_score for path, group in groups.items()},
         {path: group.output_error for path, group in groups.items()},
         learned.history if learned else [],
+        {path: linear.rows for path, linear in linears.items() if linear.rows is not None},
     )

@@ -26,6 +26,14 @@ def test_every_target_becomes_nm_sparse_in_its_order(model, tiny_tokenizer, perm
     assert bool(result.history) == (permutation == "lcp")
 
 
+def test_transposable_masks_come_with_the_orders_of_their_rows(model, tiny_tokenizer):
+    result = permllm.prune(model, tiny_tokenizer, TEXTS, "2:4", permutation="cp", transposable=True, **SETTINGS)
+    assert sorted(result.rows) == sorted(result.permutations)
+    for path, rows in result.rows.items():
+        weight = result.model.get_submodule(path).weight
+        assert is_nm_sparse(rows.apply(weight, 0).t(), NMPattern.parse("2:4"))
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -9,11 +9,12 @@ from torch import Tensor
 from permllm.artifacts import fingerprint
 from permllm.assembly.folding import Folding
 from permllm.assembly.packed_format import MANIFEST, PackedCheckpoint, same_bits
-from permllm.assembly.record import FOLDED, PrunedCheckpoint, foreign_entries, read_masks
+from permllm.assembly.record import FOLDED, MASKED, PrunedCheckpoint, foreign_entries, read_masks
 from permllm.models.adapter import is_finite
 from permllm.models.checkpoint_files import CheckpointFiles
 from permllm.permutation.permutation import Permutation
 from permllm.sparsity.bits import unpack_mask
+from permllm.sparsity.mask import is_nm_sparse
 from permllm.sparsity.packed import PackedWeight, pack_weight
 from permllm.sparsity.pattern import NMPattern
 
@@ -45,8 +46,8 @@ class AuditSummary:
 def audit(path: Path, source: Path | None = None) -> AuditSummary:
     """Read a masked, folded or packed checkpoint from disk, and prove it.
 
-    Files are whole and have their recorded hashes; every target is N:M in the order of its record, its pruned weights are
-    +0.0, no weight is NaN, and `config.json` claims neither sparsity nor quantization, which stops other loaders.
+    Files are whole and have their recorded hashes; every target is N:M in the order of its record, a transposable one both
+    ways, its pruned weights are +0.0, no weight is NaN, and `config.json` claims neither sparsity nor quantization, which stops other loaders.
 
     Args:
         source: the dense checkpoint that was pruned. Then all other tensors equal its, bit for bit, and so do the kept weights
@@ -126,7 +127,7 @@ class _Targets:
 
     def __init__(self, checkpoint: PrunedCheckpoint, masks: Mapping[str, Tensor]) -> None:
         self.places = checkpoint.targets()
-        self._pattern = checkpoint.record.pattern
+        self._record, self._pattern = checkpoint.record, checkpoint.record.pattern
         self._orders = checkpoint.record.stored_orders()
         self._masks = masks
         self.zeros = self.weights = 0
@@ -149,9 +150,13 @@ class _Targets:
         """Return what is wrong with a pruned tensor."""
         self.zeros += int((tensor == 0).sum())
         self.weights += tensor.numel()
-        index, group, _ = self.places[name]
+        index, group, path = self.places[name]
         order, mask = self._orders[index][group], self.mask(name, tensor.shape[-1])
         problems = _violations(order.apply(tensor), self._pattern)
+        if self._record.is_transposable and self._record.form == MASKED:
+            rows = self._record.rows.get(f"{index}.{path}")
+            if not is_nm_sparse((order.apply(tensor) if rows is None else rows.apply(order.apply(tensor), 0)).t(), self._pattern):
+                problems.append(f"is not {self._pattern} along its output channels, as transposable masks are")
         if mask is not None:
             problems += self._mask_problems(tensor, mask, order)
         return problems

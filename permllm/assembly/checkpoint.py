@@ -30,7 +30,7 @@ from permllm.models.adapter import ModelAdapter
 from permllm.models.checkpoint_files import PICKLE_INDEX, SAFETENSORS, SAFETENSORS_INDEX, CheckpointFiles
 from permllm.permutation.permutation import Permutation
 from permllm.pruning.methods import PrunedLinear
-from permllm.pruning.storage import SavedPruning
+from permllm.pruning.storage import ROWS, SavedPruning
 from permllm.sparsity.mask import is_nm_sparse
 from permllm.sparsity.pattern import NMPattern
 from permllm.tensor_files import write_tensors_in_turn
@@ -180,6 +180,7 @@ def write_record_manifest(folder: Path, record: Mapping[str, Any]) -> None:
 def _write_record(folder: Path, pruning: SavedPruning, hashes: dict[str, str]) -> None:
     record, layers = folder / RECORD_FOLDER, range(len(pruning.manifest["groups"]))
     orders = {f"{index}.{name}": order.order.int() for index in layers for name, order in pruning.orders(index).items()}
+    orders |= {f"{index}.{path}{ROWS}": order.order.int() for index in layers for path, order in pruning.rows(index).items()}
     write_tensors(record / PERMUTATIONS, orders)
     write_tensors_in_turn(record / MASKS, pruning.mask_specs(), pruning.packed_mask)
     write_json(record / HASHES, hashes)

@@ -17,6 +17,7 @@ from permllm.models.loading import ModelSource, load_skeleton
 from permllm.models.parameter_names import parameters_filled
 from permllm.permutation.permutation import Permutation
 from permllm.pruning.permutations import LayerPermutations
+from permllm.pruning.storage import ROWS
 from permllm.sparsity.pattern import NMPattern
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ class PruningRecord:
         orders: of every linear group, by decoder layer: those that its masks were chosen in.
         form: `masked`, the weights lie in their original order; or `folded`, they lie in `orders`. The manifest's
             entry of that name; masked where there is none.
+        rows: of transposable masks, the orders of the output channels that they were chosen in, by `<layer>.<path>`; none is the order
+            as it is.
         hashes: the fingerprint of every tensor, by its name in the checkpoint; empty if none were recorded.
         manifest: all that it says.
     """
@@ -43,6 +46,7 @@ class PruningRecord:
     form: str = MASKED
     hashes: Mapping[str, str] = field(default_factory=dict)
     manifest: Mapping[str, Any] = field(default_factory=dict)
+    rows: Mapping[str, Permutation] = field(default_factory=dict)
 
     @classmethod
     def read(cls, folder: Path) -> "PruningRecord":
@@ -69,6 +73,7 @@ class PruningRecord:
             manifest.get("form", MASKED),
             json.loads(hashes.read_text()) if hashes.is_file() else {},
             manifest,
+            {name.removesuffix(ROWS): Permutation(order.long()) for name, order in tensors.items() if name.endswith(ROWS)},
         )
 
     @classmethod
@@ -80,6 +85,11 @@ class PruningRecord:
         return cls(
             pattern, tuple({name: Permutation.identity(widths[adapter.path(index, group.readers[0])]) for name, group in groups} for index in layers)
         )
+
+    @property
+    def is_transposable(self) -> bool:
+        """Whether the masks are N:M along the output channels too."""
+        return self.manifest.get("method_settings", {}).get("transposable", False)
 
     def stored_orders(self) -> tuple[LayerPermutations, ...]:
         """Return the orders in which the tensors, as they lie, are N:M."""

@@ -44,7 +44,8 @@ class PruningMethod:
         layout: `free`, every linear group its own order, or `foldable`, orders that fold away; see `LAYOUTS`.
         update: what new values the kept weights get: None, or an entry of `UPDATES`, of which some choose the masks too.
         transposable: whether masks are N:M along the output channels too, so that the backward pass is sparse as well.
-            Unless the permutation is `identity`, the output channels then have an order of their own, by the heuristic.
+            Unless the permutation is `identity`, the output channels then have an order of their own, by the heuristic; the
+            permutation itself is found, or learned, for masks that are N:M along the input channels alone.
 
     Raises:
         ValueError: if one of the names is unknown, or the update chooses masks that are not transposable.

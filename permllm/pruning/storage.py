@@ -19,6 +19,7 @@ from permllm.tensor_files import TensorSpec, read_tensor, tensor_specs
 
 KIND, LEARNED = "prune", "learn"
 ORDERS = "orders.safetensors"
+ROWS = ".rows"  # ending of the name of an order of output channels
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,12 @@ class SavedPruning:
         """Read the orders of one decoder layer alone."""
         file = _layer_file(self.folder, index)
         return {name: Permutation(read_tensor(file, f"{name}.order").to(torch.int64)) for name in self.manifest["groups"][index]}
+
+    def rows(self, index: int) -> dict[str, Permutation]:
+        """Read the orders of output channels of one decoder layer, by path; empty but for transposable masks."""
+        file = _layer_file(self.folder, index)
+        names = [name for name in tensor_specs(file) if name.endswith(ROWS)]
+        return {name.removesuffix(ROWS): Permutation(read_tensor(file, name).to(torch.int64)) for name in names}
 
     def mask_specs(self) -> dict[str, TensorSpec]:
         """Return type and shape of every packed mask, by `<layer>.<path>`."""
@@ -191,7 +198,7 @@ def _pack_group(name: str, group: PrunedGroup) -> Iterator[tuple[str, Tensor]]:
         if linear.weight is not None:
             yield f"{path}.weight", linear.weight
         if linear.rows is not None:
-            yield f"{path}.rows", linear.rows.order.int()
+            yield f"{path}{ROWS}", linear.rows.order.int()
 
 
 def _record(group: PrunedGroup) -> dict[str, Any]:
@@ -203,7 +210,7 @@ def _record(group: PrunedGroup) -> dict[str, Any]:
 def _unpack_group(tensors: Mapping[str, Tensor], name: str, record: Mapping[str, Any]) -> PrunedGroup:
     permutation = Permutation(tensors[f"{name}.order"].to(torch.int64))
     masks = {path: unpack_mask(tensors[f"{path}.mask"], len(permutation)) for path in record["linears"]}
-    rows = {path: Permutation(tensors[f"{path}.rows"].to(torch.int64)) if f"{path}.rows" in tensors else None for path in masks}
+    rows = {path: Permutation(tensors[f"{path}{ROWS}"].to(torch.int64)) if f"{path}{ROWS}" in tensors else None for path in masks}
     linears = {path: PrunedLinear(mask, tensors.get(f"{path}.weight"), rows[path]) for path, mask in masks.items()}
     return PrunedGroup(permutation, linears, record["retained_score"], record["output_error"], record.get("damping"))
 

@@ -50,17 +50,17 @@ class NMPattern:
         """Fraction of zeros."""
         return 1 - self.kept / self.group
 
-    def check_widths(self, in_channels: Mapping[str, int]) -> None:
+    def check_widths(self, channels: Mapping[str, int]) -> None:
         """Refuse layers that the pattern does not divide, all of them at once.
 
         Args:
-            in_channels: width of each layer's input, by the layer's name.
+            channels: width of each layer's input, by the layer's name; or of its output, for a transposable pattern.
 
         Raises:
             ValueError: naming every layer whose width is not a multiple of M.
         """
-        misfits = [f"{name} has {width}" for name, width in in_channels.items() if width % self.group]
+        misfits = [f"{name} has {width}" for name, width in channels.items() if width % self.group]
         if misfits:
             raise ValueError(
-                f"{self} sparsity needs input channels in multiples of {self.group}, but {', '.join(misfits)}; choose a pattern whose M divides them"
+                f"{self} sparsity needs channels in multiples of {self.group}, but {', '.join(misfits)}; choose a pattern whose M divides them"
             )

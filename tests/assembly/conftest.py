@@ -48,7 +48,8 @@ def prune_checkpoint(folder: Path, tokens: Tensor, pattern: str, method: Pruning
 
 @pytest.fixture
 def write_masked(tiny_model, tiny_tokenizer, draw_tokens) -> Callable[..., Path]:
-    """`write_masked(folder, family, pattern="2:4", dtype, permutation="cp", update=None, shard="5GB", layout="free", **config)`.
+    """`write_masked(folder, family, pattern="2:4", dtype, permutation="cp", update=None, shard="5GB", layout="free",
+    transposable=False, **config)`.
 
     Returns the masked checkpoint's folder; the dense one lies in `folder / "dense"`.
     """
@@ -62,11 +63,14 @@ def write_masked(tiny_model, tiny_tokenizer, draw_tokens) -> Callable[..., Path]
         update=None,
         shard: str = "5GB",
         layout: str = "free",
+        transposable: bool = False,
         **config,
     ) -> Path:
         tiny_model(family, **config).to(dtype).save_pretrained(folder / "dense", max_shard_size=shard)
         tiny_tokenizer.save_pretrained(folder / "dense")
-        return prune_checkpoint(folder, draw_tokens(4, 16), pattern, PruningMethod("wanda", permutation, update, layout=layout))
+        return prune_checkpoint(
+            folder, draw_tokens(4, 16), pattern, PruningMethod("wanda", permutation, update, layout=layout, transposable=transposable)
+        )
 
     return write
 

@@ -122,6 +122,15 @@ def test_the_wrong_channel_order_is_noticed(write_masked, edit, tmp_path):
         audit(masked)
 
 
+def test_transposable_masks_are_audited_along_the_output_channels_too(write_masked, edit, tmp_path):
+    masked = write_masked(tmp_path, "llama", transposable=True)
+    write_packed(masked, tmp_path / "packed")
+    audit(masked), audit(tmp_path / "packed")
+    edit(masked / "permllm/permutations.safetensors", lambda orders: orders.update({"1.mlp.down_proj.rows": torch.randperm(32).int()}))
+    with pytest.raises(AuditError, match=f"{PROJECTION} is not 2:4 along its output channels"):
+        audit(masked)
+
+
 def test_a_record_of_another_model_is_refused(write_masked, edit, tmp_path):
     masked = write_masked(tmp_path, "llama")
     edit(masked / "permllm/permutations.safetensors", lambda orders: orders.update({"1.mlp_out": torch.arange(32, dtype=torch.int32)}))

@@ -183,6 +183,39 @@ def test_lock_files_that_a_killed_dvc_left_cut_off_are_mended(project: Path, pre
     assert "rwlock was cut off" in caplog.text
 
 
+def test_a_lock_file_that_is_cut_off_anywhere_is_noticed(project: Path):
+    subprocess.run([sys.executable, "-m", "dvc", "repro", "--quiet"], env=module.environment(), check=True)
+    assert mend() == []
+    whole = Path("dvc.lock").read_text()
+    for end in (place for place in range(len(whole)) if place % 20 == 0 or whole[place - 1] == "\n"):
+        Path("dvc.lock").write_text(whole[:end])
+        assert mend() == ["dvc.lock"], f"cut off after {whole[:end][-40:]!r}"
+        assert Path("dvc.lock").read_text() == whole
+
+
+def test_a_lock_file_that_git_has_is_meant_to_be_so(project: Path):
+    subprocess.run([sys.executable, "-m", "dvc", "repro", "--quiet", "calibrate"], env=module.environment(), check=True)
+    subprocess.run(["git", "add", "dvc.lock"], check=True)
+    subprocess.run([sys.executable, "-m", "dvc", "repro", "--quiet"], env=module.environment(), check=True)
+    mend()
+    subprocess.run(["git", "checkout", "--quiet", "dvc.lock"], check=True)
+    earlier = Path("dvc.lock").read_text()
+    assert mend() == []
+    assert Path("dvc.lock").read_text() == earlier
+
+
+def test_the_list_of_locks_is_left_alone_while_another_dvc_is_at_work(project: Path):
+    set_params(models={"a": "sleep 600"})
+    other = psutil.Popen([sys.executable, "-m", "dvc", "repro", "--quiet", "calibrate@a"], env=module.environment())
+    wait_until(lambda: any("stage.py" in process.cmdline() for process in other.children(recursive=True)))
+    Path(".dvc/tmp/rwlock").write_text("{")
+    assert mend() == []
+    for process in (*other.children(recursive=True), other):
+        process.kill()
+    other.wait()
+    assert mend() == ["rwlock"]
+
+
 def test_what_dvc_recorded_after_the_copy_of_its_lock_file_is_restored(project: Path, prefect: None):
     pipeline(targets=["calibrate"])
     subprocess.run([sys.executable, "-m", "dvc", "repro", "--quiet", "prune@a-wanda", "prune@a-ria+cp"], env=module.environment(), check=True)

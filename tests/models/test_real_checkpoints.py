@@ -85,7 +85,7 @@ def test_real_checkpoints_are_pruned_to_two_of_four_and_still_predict(real):
 
 def test_a_pattern_that_does_not_fit_names_every_layer_of_that_width(third_party):
     model = load_model(ModelSource(str(third_party / "models" / "stories260K-llama"), device="cpu"))
-    with pytest.raises(ValueError, match="4:8 sparsity needs input channels in multiples of 8") as error:
+    with pytest.raises(ValueError, match="4:8 sparsity needs channels in multiples of 8") as error:
         NMPattern(4, 8).check_widths(adapter_of(model).widths(model))
     assert [f"model.layers.{index}.mlp.down_proj has 172" in str(error.value) for index in range(5)] == [True] * 5
     assert str(error.value).count(" has ") == 5
