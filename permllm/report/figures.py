@@ -81,13 +81,15 @@ def objectives_figure(records: Sequence[Mapping[str, Any]]) -> Figure:
         name = record["objective"] + (f", {record['layout']}" if record["layout"] != "free" else "")
         panel = panels.setdefault(f"{record['model']}, {record['sparsity']}", {})
         panel.setdefault(f"update: {record['update']}", {}).setdefault(name, []).append(100 * record["gap_closed"])
-    columns = list(dict.fromkeys(update for panel in panels.values() for update in panel))
+    columns = max(len(panel) for panel in panels.values())
     rows = max(len(names) for panel in panels.values() for names in panel.values())
-    figure = Figure(figsize=(3.1 * len(columns) + 1.6, (0.28 * rows + 0.9) * len(panels)), dpi=DPI, layout="constrained")
-    grid = figure.subplots(len(panels), len(columns), squeeze=False, sharey="row", sharex="col")
+    figure = Figure(figsize=(3.1 * columns + 1.6, (0.28 * rows + 0.9) * len(panels)), dpi=DPI, layout="constrained")
+    grid = figure.subplots(len(panels), columns, squeeze=False, sharey="row")
     for line, (title, panel) in zip(grid, panels.items(), strict=True):
-        for axes, update in zip(line, columns, strict=True):
-            for name, closed in panel.get(update, {}).items():
+        for axes in line[len(panel) :]:
+            axes.set_axis_off()
+        for axes, (update, permutations) in zip(line, panel.items(), strict=False):
+            for name, closed in permutations.items():
                 axes.barh(name, sum(closed) / len(closed), color=BLUE if "lcp" in name else "#a9c5d6")
                 axes.plot(closed, [name] * len(closed), ".", color=GREY, markersize=4)
             axes.set_title(f"{title}, {update}", fontsize=8, loc="left")
