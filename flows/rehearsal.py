@@ -302,8 +302,9 @@ class Rehearsal:
         metrics = stage.setting.metrics(stage.name)
         is_whole = metrics.exists() and metrics.stat().st_mtime_ns > started
         spoiled, kept, mended = self.spoiled(), parts_kept(stage), mend()
-        is_recorded = not _is_stale(read_records()[stage.address])
-        lost = [f"{address} is recorded no more" for address in sorted(recorded - read_records().keys())]
+        records = read_records()
+        is_recorded = records[stage.address]["deps"][0]["md5"] != STALE
+        lost = [f"{address} is recorded no more" for address in sorted(recorded - records.keys())]
         if not is_recorded:
             self.dvc("checkout", "--force", stage.address)  # DVC removes earlier results before it runs a stage, and can put them back
         lost += self._gone(before, stage)
@@ -380,10 +381,6 @@ def parts_kept(stage: Stage) -> dict[str, int]:
             number = State.read(folder / "state.pt").epochs or len(Scratch(folder)) or len(list(folder.glob("result_*.json")))
             found |= {stage.part: number} if stage.part and number else {}
     return found
-
-
-def _is_stale(record: Mapping[str, Any]) -> bool:
-    return record["deps"][0]["md5"] == STALE
 
 
 def _done_again(stage: Stage, kept: Mapping[str, int], log: str) -> list[str]:

@@ -109,17 +109,19 @@ def prune(
         weights, generator = list(model_weights(model, adapter)), torch.Generator().manual_seed(seed)
         permutations = find_permutations(layout, permutation, score, weights, adapter, Heads.of(model.config), statistics, parsed, generator)
     pruned = list(prune_in_parallel(model_weights(model, adapter), adapter, statistics, parsed, method, permutations))
-    groups = {adapter.path(index, path): group for index, layer in enumerate(pruned) for group in layer.values() for path in group.linears}
-    linears = {
-        adapter.path(index, path): linear for index, layer in enumerate(pruned) for group in layer.values() for path, linear in group.linears.items()
-    }
+    of = [
+        (adapter.path(index, path), group, linear)
+        for index, layer in enumerate(pruned)
+        for group in layer.values()
+        for path, linear in group.linears.items()
+    ]
     for layer, decided in zip(adapter.layers(model), pruned, strict=True):
         apply_layer(layer, decided)
     return PruneResult(
         model,
-        {path: group.permutation for path, group in groups.items()},
-        {path: group.retained_score for path, group in groups.items()},
-        {path: group.output_error for path, group in groups.items()},
+        {path: group.permutation for path, group, _ in of},
+        {path: group.retained_score for path, group, _ in of},
+        {path: group.output_error for path, group, _ in of},
         learned.history if learned else [],
-        {path: linear.rows for path, linear in linears.items() if linear.rows is not None},
+        {path: linear.rows for path, _, linear in of if linear.rows is not None},
     )

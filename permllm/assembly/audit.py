@@ -47,7 +47,8 @@ def audit(path: Path, source: Path | None = None) -> AuditSummary:
     """Read a masked, folded or packed checkpoint from disk, and prove it.
 
     Files are whole and have their recorded hashes; every target is N:M in the order of its record, a transposable one both
-    ways, its pruned weights are +0.0, no weight is NaN, and `config.json` claims neither sparsity nor quantization, which stops other loaders.
+    ways unless it is folded, its pruned weights are +0.0, no weight is NaN, and `config.json` claims neither sparsity nor
+    quantization, which stops other loaders.
 
     Args:
         source: the dense checkpoint that was pruned. Then all other tensors equal its, bit for bit, and so do the kept weights
@@ -152,10 +153,11 @@ class _Targets:
         self.weights += tensor.numel()
         index, group, path = self.places[name]
         order, mask = self._orders[index][group], self.mask(name, tensor.shape[-1])
-        problems = _violations(order.apply(tensor), self._pattern)
+        ordered = order.apply(tensor)
+        problems = _violations(ordered, self._pattern)
         if self._record.is_transposable and self._record.form == MASKED:
             rows = self._record.rows.get(f"{index}.{path}")
-            if not is_nm_sparse((order.apply(tensor) if rows is None else rows.apply(order.apply(tensor), 0)).t(), self._pattern):
+            if not is_nm_sparse((ordered if rows is None else rows.apply(ordered, 0)).t(), self._pattern):
                 problems.append(f"is not {self._pattern} along its output channels, as transposable masks are")
         if mask is not None:
             problems += self._mask_problems(tensor, mask, order)

@@ -174,13 +174,19 @@ def _prune_group(
         permutation = find_permutation(method.permutation, weights, scores, stats, pattern, generator)
     permutation = permutation.canonical(pattern.group)
     pattern = replace(pattern, transposable=method.transposable)
-    linears = {}
-    for path, score in scores.items():
-        rows = heuristic_permutation(score.t(), pattern).canonical(pattern.group) if method.orders_rows else None
-        mask = best_mask(_arranged(score, permutation, rows), pattern)
-        linears[path] = PrunedLinear(_put_back(mask, permutation, rows), rows=rows)
+    rows = {
+        path: heuristic_permutation(score.t(), pattern).canonical(pattern.group) if method.orders_rows else None for path, score in scores.items()
+    }
+    masks = {path: best_mask(_arranged(score, permutation, rows[path]), pattern) for path, score in scores.items()}
+    values: dict[str, Tensor] = {}
     if method.update is not None:
-        linears = _updated(weights, linears, stats, permutation, pattern, lookup(UPDATES, method.update, "weight update"))
+        arranged = {path: _arranged(weight.float(), permutation, rows[path]) for path, weight in weights.items()}
+        values, masks = _updated(arranged, masks, stats, permutation, pattern, lookup(UPDATES, method.update, "weight update"))
+    linears = {}
+    for path, order in rows.items():
+        value = values.get(path)
+        value = None if value is None else _put_back(value, permutation, order)
+        linears[path] = PrunedLinear(_put_back(masks[path], permutation, order), value, order)
     kept = sum(float((scores[path] * linear.mask).sum(dtype=torch.float64)) for path, linear in linears.items())
     total = sum(float(score.sum(dtype=torch.float64)) for score in scores.values())
     return PrunedGroup(permutation, linears, kept / total if total else 1.0, _output_error(weights, linears, stats))
@@ -215,22 +221,14 @@ def _put_back(tensor: Tensor, columns: Permutation, rows: Permutation | None) ->
 
 
 def _updated(
-    weights: Mapping[str, Tensor],
-    linears: Mapping[str, PrunedLinear],
-    stats: ActivationStats,
-    permutation: Permutation,
-    pattern: NMPattern,
-    update: Update,
-) -> dict[str, PrunedLinear]:
-    """Update all linears together, in the permuted order: they share their factorisations."""
-    rows = {path: linear.rows for path, linear in linears.items()}
-    weight = torch.cat([_arranged(weight.float(), permutation, rows[path]) for path, weight in weights.items()])
-    mask = torch.cat([_arranged(linears[path].mask, permutation, rows[path]) for path in weights])
+    weights: Mapping[str, Tensor], masks: Mapping[str, Tensor], stats: ActivationStats, permutation: Permutation, pattern: NMPattern, update: Update
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return new weights and masks of all linears, which share their factorisations; all in the order in which they are pruned."""
     gram = permutation.apply(permutation.apply(stats.gram, 0), 1)
-    new_weight, mask = update(weight, ActivationStats(gram, stats.tokens), pattern, mask)
+    found = update(torch.cat(list(weights.values())), ActivationStats(gram, stats.tokens), pattern, torch.cat(list(masks.values())))
     counts = [len(weight) for weight in weights.values()]
-    parts = zip(weights, mask.split(counts), new_weight.split(counts), strict=True)
-    return {path: PrunedLinear(*(_put_back(part, permutation, rows[path]) for part in both), rows[path]) for path, *both in parts}
+    values, chosen = (dict(zip(weights, tensor.split(counts), strict=True)) for tensor in found)
+    return values, chosen
 
 
 def _output_error(weights: Mapping[str, Tensor], linears: Mapping[str, PrunedLinear], stats: ActivationStats) -> float:

@@ -210,8 +210,8 @@ def _record(group: PrunedGroup) -> dict[str, Any]:
 def _unpack_group(tensors: Mapping[str, Tensor], name: str, record: Mapping[str, Any]) -> PrunedGroup:
     permutation = Permutation(tensors[f"{name}.order"].to(torch.int64))
     masks = {path: unpack_mask(tensors[f"{path}.mask"], len(permutation)) for path in record["linears"]}
-    rows = {path: Permutation(tensors[f"{path}{ROWS}"].to(torch.int64)) if f"{path}{ROWS}" in tensors else None for path in masks}
-    linears = {path: PrunedLinear(mask, tensors.get(f"{path}.weight"), rows[path]) for path, mask in masks.items()}
+    rows = {path: Permutation(tensors[f"{path}{ROWS}"].to(torch.int64)) for path in masks if f"{path}{ROWS}" in tensors}
+    linears = {path: PrunedLinear(mask, tensors.get(f"{path}.weight"), rows.get(path)) for path, mask in masks.items()}
     return PrunedGroup(permutation, linears, record["retained_score"], record["output_error"], record.get("damping"))
 
 
